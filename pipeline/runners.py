@@ -1,0 +1,71 @@
+"""Which Beam runner, and how its failures are told.
+
+Beam is imported here only where it is used, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline.command import InputError
+
+if TYPE_CHECKING:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+# Beam's own `DirectRunner` first tries Prism, a program it downloads; this is the runner that
+# runs in the process, and that Beam falls back to.
+IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+def beam_options(arguments: Sequence[str]) -> PipelineOptions:
+    """Reads what our own flags left over as Beam options.
+
+    Raises:
+        InputError: Beam does not know an option either, or refuses its value.
+    """
+    from apache_beam.options import pipeline_options
+
+    class Strict(pipeline_options._BeamArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(message)
+
+    parser = Strict(allow_abbrev=False)
+    for group in pipeline_options.PipelineOptions.__subclasses__():
+        group._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}: neither this command's nor a Beam option")
+    options = pipeline_options.PipelineOptions(list(arguments))
+    standard = options.view_as(pipeline_options.StandardOptions)
+    if (standard.runner or "directrunner").lower() in ("directrunner", "direct"):
+        standard.runner = IN_PROCESS
+    return options
+
+
+def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict[str, int]:
+    """Builds a pipeline, runs it to its end and returns its counters by name.
+
+    Raises:
+        InputError: a worker met wrong input. The type of an exception is lost on its way from
+            a worker, so it is recognised by its name in the text.
+        RuntimeError: anything else that failed.
+    """
+    import apache_beam as beam
+    from apache_beam.runners.runner import PipelineState
+
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline)
+    try:
+        result = pipeline.run()
+        state = result.wait_until_finish()
+    except Exception as error:
+        found = re.search(r"InputError: (.+?)(?: \[while running|\\n|\n|$)", str(error))
+        if found is None:
+            raise
+        raise InputError(found[1]) from None
+    if state != PipelineState.DONE:
+        raise RuntimeError(f"the pipeline ended as {state}")
+    return {counter.key.metric.name: counter.result for counter in result.metrics().query()["counters"]}

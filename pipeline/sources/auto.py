@@ -1,0 +1,33 @@
+"""``auto``: the best images of digits that can be had here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from absl import logging
+
+from pipeline.command import InputError
+from pipeline.sources import Source, digits, idx, tfds
+
+VARIABLE = "MNIST_IDX_DIR"
+
+
+def open_source(environ: Mapping[str, str]) -> Source:
+    """Opens MNIST from ``$MNIST_IDX_DIR``, else through TFDS, else scikit-learn's digits.
+
+    Says which, and why, in one line.
+
+    Raises:
+        InputError: ``$MNIST_IDX_DIR`` is set but holds no readable IDX files.
+    """
+    if directory := environ.get(VARIABLE):
+        source: Source = idx.open_source(directory)
+        logging.info("source auto: MNIST from $%s, %s", VARIABLE, directory)
+        return source
+    try:
+        source = tfds.open_source("mnist")
+    except InputError as error:
+        logging.warning("source auto: MNIST cannot be had (%s); using %s", error, digits.TITLE)
+        return digits.open_source("")
+    logging.info("source auto: MNIST from TensorFlow Datasets")
+    return source

@@ -1,0 +1,185 @@
+"""``idx:DIR``: IDX files under MNIST's names, gzipped or not.
+
+Format: http://yann.lecun.com/exdb/mnist/ - two zero bytes, the element type (0x08 is an
+unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit integer, data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.command import InputError
+from pipeline.dataset import NUM_PIXELS
+from pipeline.sources import Block, RawRows, ranges
+
+PARTS = {"train": ("train",), "test": ("t10k", "test")}
+# A gzip file can only be read from its start, so each block of it reads past all before: large
+# blocks keep that cheap, and what is held at once stays small.
+ROWS_PER_BLOCK = 16384
+ROWS_AT_ONCE = 2048
+READ_SIZE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdxFile:
+    """One IDX file: where it is, its dimensions, and where its data starts."""
+
+    path: Path
+    shape: tuple[int, ...]
+    header_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdxSource:
+    """IDX files of a folder; see `pipeline.sources.Source`."""
+
+    spec: str
+    class_names: tuple[str, ...]
+    part_sizes: dict[str, int]
+    files: dict[str, tuple[IdxFile, IdxFile]]  # of each part: images, labels
+    default_split_by: str = "positional"
+
+    def describe(self) -> dict[str, Any]:
+        """Names the kind; a set of IDX files has no other name that is not a path."""
+        return {"kind": "idx", "title": "images from IDX files"}
+
+    def fingerprint(self) -> list[Any]:
+        """Names, sizes and modification times of the files."""
+        files = [file for pair in self.files.values() for file in pair]
+        stats = [(file.path.name, file.path.stat()) for file in files]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+    def blocks(self) -> list[Block]:
+        """Ranges of rows."""
+        return ranges(self.part_sizes, ROWS_PER_BLOCK)
+
+    def read(self, block: Block) -> Iterator[RawRows]:
+        """Yields the rows of a block."""
+        images, labels = self.files[block.part]
+        with _open(images.path) as image_file, _open(labels.path) as label_file:
+            _skip(image_file, images.header_bytes + block.first * NUM_PIXELS)
+            _skip(label_file, labels.header_bytes + block.first)
+            for rows in ranges({block.part: block.count}, ROWS_AT_ONCE):
+                pixels = _read_exactly(image_file, rows.count * NUM_PIXELS, images.path)
+                classes = _read_exactly(label_file, rows.count, labels.path)
+                yield RawRows(
+                    part=block.part,
+                    first=block.first + rows.first,
+                    pixels=np.frombuffer(pixels, np.uint8).reshape(rows.count, NUM_PIXELS),
+                    labels=np.frombuffer(classes, np.uint8).astype(np.int64),
+                )
+
+
+def open_source(directory: str) -> IdxSource:
+    """Opens the IDX files of a folder, after checking their headers against their real lengths.
+
+    Raises:
+        InputError: a file is missing or is not what its header says.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise InputError(f"--source idx:{directory}: no such folder")
+    files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
+    largest = max(_largest_label(labels) for _, labels in files.values())
+    if largest < 1:
+        raise InputError(f"{folder}: every label is 0; expected at least two classes")
+    return IdxSource(
+        spec=f"idx:{folder.absolute()}",
+        class_names=tuple(str(label) for label in range(largest + 1)),
+        part_sizes={part: images.shape[0] for part, (images, _) in files.items()},
+        files=files,
+    )
+
+
+def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
+    images = inspect(_find(folder, stems, "images-idx3-ubyte"), dimensions=3)
+    labels = inspect(_find(folder, stems, "labels-idx1-ubyte"), dimensions=1)
+    if images.shape[1:] != (28, 28):
+        height, width = images.shape[1:]
+        raise InputError(f"{images.path}: images are {height}x{width}, expected 28x28")
+    if images.shape[0] != labels.shape[0]:
+        raise InputError(
+            f"{labels.path}: {labels.shape[0]} labels for the {images.shape[0]} images of"
+            f" {images.path.name}"
+        )
+    if not images.shape[0]:
+        raise InputError(f"{images.path}: holds no images")
+    return images, labels
+
+
+def _find(folder: Path, stems: tuple[str, ...], suffix: str) -> Path:
+    """Finds the one file of this name, with a dash or (as some copies have it) a dot."""
+    names = [f"{stem}-{form}" for stem in stems for form in (suffix, suffix.replace("-idx", ".idx"))]
+    candidates = [folder / (name + ending) for name in names for ending in ("", ".gz")]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise InputError(f"{folder}: no {names[0]} or {names[0]}.gz")
+    return found
+
+
+def inspect(path: Path, *, dimensions: int) -> IdxFile:
+    """Reads the header and checks that exactly as much data follows as it says.
+
+    The length of gzip content is found by reading through it, a piece at a time, since what
+    the file says of itself cannot be relied on.
+
+    Raises:
+        InputError: wrong magic number, wrong length, or not readable.
+    """
+    magic = bytes((0, 0, 8, dimensions))
+    header_bytes = 4 + 4 * dimensions
+    try:
+        with _open(path) as file:
+            header = file.read(header_bytes)
+            if header[:4] != magic:
+                raise InputError(
+                    f"{path}: magic number is 0x{header[:4].hex()}, expected 0x{magic.hex()}"
+                )
+            if len(header) < header_bytes:
+                raise InputError(f"{path}: ends inside its header")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            found = _length_of_rest(file, path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    expected = int(np.prod(shape, dtype=object))
+    if found != expected:
+        raise InputError(
+            f"{path}: {found} bytes of data, its header says {' x '.join(map(str, shape))} = {expected}"
+        )
+    return IdxFile(path=path.absolute(), shape=shape, header_bytes=header_bytes)
+
+
+def _length_of_rest(file: IO[bytes], path: Path) -> int:
+    if path.suffix != ".gz":
+        return path.stat().st_size - file.tell()
+    return sum(len(piece) for piece in iter(lambda: file.read(READ_SIZE), b""))
+
+
+def _largest_label(file: IdxFile) -> int:
+    with _open(file.path) as opened:
+        return max(opened.read()[file.header_bytes :])
+
+
+def _open(path: Path) -> IO[bytes]:
+    # Through a path, not `Path.open`: gzip then closes what it opened.
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _skip(file: IO[bytes], count: int) -> None:
+    """Moves on by `count` bytes; a gzip file reads and forgets them in pieces."""
+    file.seek(count, 1)
+
+
+def _read_exactly(file: IO[bytes], count: int, path: Path) -> bytes:
+    data = file.read(count)
+    if len(data) != count:  # it was checked when the source was opened
+        raise RuntimeError(f"{path}: changed while it was read")
+    return data

@@ -1,0 +1,148 @@
+"""``tfds:NAME``: an image classification set of TensorFlow Datasets, in that library's order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from pipeline.command import InputError
+from pipeline.dataset import IMAGE_SHAPE, MAX_CLASSES, NUM_PIXELS
+from pipeline.sources import Block, RawRows, ranges
+
+DOWNLOAD_HOST = ("storage.googleapis.com", 443)
+PROBE_SECONDS = 8
+ROWS_PER_BLOCK = 16384
+ROWS_AT_ONCE = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSource:
+    """A prepared set of TensorFlow Datasets; see `pipeline.sources.Source`."""
+
+    spec: str
+    full_name: str
+    data_path: str
+    class_names: tuple[str, ...]
+    part_sizes: dict[str, int]
+    default_split_by: str = "positional"
+
+    def describe(self) -> dict[str, Any]:
+        """Names the set and its version."""
+        title = f"{self.full_name} from TensorFlow Datasets"
+        return {"kind": "tfds", "title": title, "name": self.full_name}
+
+    def fingerprint(self) -> list[Any]:
+        """Name, version and sizes: a version's content does not change."""
+        return [self.full_name, self.part_sizes]
+
+    def blocks(self) -> list[Block]:
+        """Ranges of rows."""
+        return ranges(self.part_sizes, ROWS_PER_BLOCK)
+
+    def read(self, block: Block) -> Iterator[RawRows]:
+        """Yields the rows of a block."""
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.data_path)
+        split = f"{block.part}[{block.first}:{block.first + block.count}]"
+        rows = builder.as_dataset(split=split, shuffle_files=False, batch_size=ROWS_AT_ONCE)
+        first = block.first
+        for batch in rows.as_numpy_iterator():
+            labels = batch["label"].astype(np.int64)
+            pixels = batch["image"].reshape(len(labels), NUM_PIXELS)
+            yield RawRows(block.part, first, pixels, labels)
+            first += len(labels)
+
+
+def open_source(name: str) -> TfdsSource:
+    """Downloads and prepares the set where that has not been done, and opens it.
+
+    Raises:
+        InputError: unknown, not downloadable, or not a set of 28x28 grey images in classes.
+    """
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        builder = tfds.builder(name)
+    except Exception as error:  # a name can fail in ways that are TFDS's own, all the user's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--source tfds:{name}: no such data set: {reason}") from None
+    _check_features(name, builder.info.features)
+    _prepare(name, builder)
+    _check_parts(name, builder.info.splits)
+    return TfdsSource(
+        spec=f"tfds:{name}",
+        full_name=builder.info.full_name,
+        data_path=str(builder.data_path),
+        class_names=tuple(builder.info.features["label"].names),
+        part_sizes={part: builder.info.splits[part].num_examples for part in ("train", "test")},
+    )
+
+
+def _check_features(name: str, features: Any) -> None:
+    image = features.get("image") if features else None
+    label = features.get("label") if features else None
+    if image is None or tuple(image.shape) != IMAGE_SHAPE:
+        shape = "none" if image is None else tuple(image.shape)
+        raise InputError(f"--source tfds:{name}: image is {shape}, expected {IMAGE_SHAPE}")
+    if not 2 <= getattr(label, "num_classes", 0) <= MAX_CLASSES:
+        raise InputError(f"--source tfds:{name}: expected a label of 2 to {MAX_CLASSES} classes")
+
+
+def _check_parts(name: str, splits: Any) -> None:
+    if missing := [part for part in ("train", "test") if part not in splits]:
+        raise InputError(f"--source tfds:{name}: has no {' and no '.join(missing)} split")
+
+
+def _prepare(name: str, builder: Any) -> None:
+    """Prepares the set from the network or from what an earlier download left."""
+    if builder.data_path.exists():
+        return
+    reachable = network_reachable()
+    try:
+        with contextlib.nullcontext() if reachable else _no_requests():
+            builder.download_and_prepare()
+    except Exception as error:  # the network, a checksum, the disk: one line tells which
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--source tfds:{name}: cannot be prepared: {reason}") from None
+
+
+def network_reachable() -> bool:
+    """Tells within `PROBE_SECONDS` whether the host of most data sets answers.
+
+    TFDS itself retries for minutes. The look-up of a name cannot be given a time limit, so the
+    attempt runs beside and is left alone when time is up.
+    """
+    answered = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(DOWNLOAD_HOST, timeout=PROBE_SECONDS).close()
+            answered.set()
+
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(PROBE_SECONDS)
+    return answered.is_set()
+
+
+@contextlib.contextmanager
+def _no_requests() -> Iterator[None]:
+    """Makes every HTTP request fail at once: what was downloaded before is all there is."""
+    import requests
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise requests.ConnectionError(f"{DOWNLOAD_HOST[0]} cannot be reached")
+
+    with mock.patch.object(requests.adapters.HTTPAdapter, "send", refuse):
+        yield

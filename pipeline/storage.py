@@ -1,0 +1,118 @@
+"""Folders behind the few verbs the job needs: write once, publish whole, lock.
+
+A reader of a published folder or file sees the old content or the new one, never a part:
+everything is written beside its final name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.command import InputError, LockedError
+
+LOCK_NAME = ".lock"
+
+
+def folder(text: str) -> Path:
+    """Parses a flag that names a folder.
+
+    Raises:
+        InputError: the folder is in a bucket, which only local paths can be so far.
+    """
+    if "://" in text:
+        raise InputError(f"{text}: expected a local folder; buckets are not supported yet")
+    if not text:
+        raise InputError("expected a folder, got an empty name")
+    return Path(text)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `data` under a temporary name, flushes it to the disk and renames it to `path`."""
+    content = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from other users
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def published_whole(final: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
+
+    What an earlier process left behind, killed in the middle, is removed first.
+
+    Raises:
+        InputError: `final` cannot be created, or already holds files.
+        LockedError: another process is writing the same folder.
+    """
+    require_absent(final)
+    staging = final.parent / f".{final.name}.incomplete"
+    with locked(staging):
+        try:
+            for leftover in staging.iterdir():
+                if leftover.name != LOCK_NAME:
+                    remove(leftover)
+            yield staging
+            (staging / LOCK_NAME).unlink()
+            staging.rename(final)  # POSIX lets it replace an empty folder
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def require_absent(final: Path) -> None:
+    """Raises InputError if `final` is a file or a folder that holds anything."""
+    if final.is_file() or (final.is_dir() and any(final.iterdir())):
+        raise InputError(f"{final}: already holds files; expected a new or empty folder")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Holds the lock of a folder, and yields its file descriptor.
+
+    The kernel drops the lock when the last process that holds the descriptor ends, however it
+    ends; a child that inherits the descriptor (``pass_fds``) therefore keeps it.
+
+    Raises:
+        LockedError: another process holds it.
+        InputError: the folder cannot be created.
+    """
+    path = directory / LOCK_NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be used: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:  # held by another, or removed with its folder as we opened it
+            raise LockedError(f"{directory}: another process is at work here")
+        yield descriptor
+    finally:
+        os.close(descriptor)

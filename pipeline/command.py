@@ -12,12 +12,16 @@ Synopsis::
 from __future__ import annotations
 
 import argparse
-import logging as std_logging
+import contextlib
+import logging
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
-from absl import app, logging
+from absl import app
+from absl import logging as absl_logging
 from absl.flags import argparse_flags
 
 from pipeline import __version__
@@ -31,9 +35,14 @@ TERMINATED = 143
 
 ConfigT = TypeVar("ConfigT")
 
+NOISY = ("apache_beam", "tensorflow", "tensorflow_datasets", "matplotlib", "fontTools")
+
+# Our own lines, apart from absl's logger, on which TensorFlow writes as well.
+log = logging.getLogger("digits_pipeline")
+
 
 class InputError(Exception):
-    """The user's input is wrong. The message is one line: the name, the value, what was expected."""
+    """The user's input is wrong; the message names it, its value and what was expected."""
 
     exit_code = BAD_INPUT
 
@@ -62,7 +71,8 @@ class Parser(argparse_flags.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong in one line and exits with 2."""
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def positive_int(text: str) -> int:
@@ -109,14 +119,38 @@ def run(
 
 def _plain_logging() -> None:
     """Shows our own progress as plain lines, and of the libraries only what warns."""
-    if logging.get_verbosity() == logging.WARNING:  # absl's default; a flag given is kept
-        logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(_PlainFormatter())
-    for library in ("apache_beam", "tensorflow", "tensorflow_datasets", "matplotlib", "fontTools"):
-        std_logging.getLogger(library).setLevel(std_logging.WARNING)
+    absl_logging.get_absl_handler().setFormatter(_PlainFormatter())
+    asked = absl_logging.get_verbosity()
+    log.setLevel(logging.INFO if asked >= absl_logging.WARNING else logging.ERROR)
+    if asked < absl_logging.DEBUG:
+        for library in ("absl", *NOISY):
+            logging.getLogger(library).setLevel(logging.WARNING)
 
 
-class _PlainFormatter(std_logging.Formatter):
-    def format(self, record: std_logging.LogRecord) -> str:
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.levelno <= std_logging.INFO else f"{record.levelname}: {text}"
+        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Holds back what a library's C++ part writes to stderr as it loads, unless loading fails.
+
+    TensorFlow notes there, below any log level it can be given, that it found no GPU and which
+    instructions the processor has.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as notes:
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            notes.seek(0)
+            os.write(kept, notes.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -96,7 +96,9 @@ def _message(field: int, body: bytes) -> bytes:
 
 def _feature(name: str, kind: int, values: bytes) -> bytes:
     """One entry of the map ``Features.feature``; kind 1 bytes, 2 floats, 3 integers."""
-    return _message(1, _message(1, name.encode()) + _message(2, _message(kind, _message(1, values))))
+    return _message(
+        1, _message(1, name.encode()) + _message(2, _message(kind, _message(1, values)))
+    )
 
 
 def encode_record(pixels: bytes, label: int, record_id: str) -> bytes:
@@ -175,7 +177,12 @@ def frame(record: bytes) -> bytes:
     """Wraps one record as it stands in a TFRecord file."""
     length = struct.pack("<Q", len(record))
     return b"".join(
-        (length, struct.pack("<I", _masked_crc(length)), record, struct.pack("<I", _masked_crc(record)))
+        (
+            length,
+            struct.pack("<I", _masked_crc(length)),
+            record,
+            struct.pack("<I", _masked_crc(record)),
+        )
     )
 
 
@@ -310,14 +317,20 @@ def _check_manifest(manifest: Manifest) -> None:
     if not 2 <= manifest.num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {manifest.num_classes}, expected 2 to {MAX_CLASSES}")
     if len(manifest.class_names) != manifest.num_classes:
-        raise ValueError(f"{len(manifest.class_names)} class names for {manifest.num_classes} classes")
+        raise ValueError(
+            f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
+        )
     for name, split in manifest.splits.items():
         for shard in split.shards:
             if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
                 raise ValueError(f"shard {shard.file!r} is not a plain file name")
         if len(split.label_counts) != manifest.num_classes:
             raise ValueError(f"{name} counts {len(split.label_counts)} labels")
-        totals = {split.num_examples, sum(split.label_counts), sum(s.num_examples for s in split.shards)}
+        totals = {
+            split.num_examples,
+            sum(split.label_counts),
+            sum(s.num_examples for s in split.shards),
+        }
         if len(totals) != 1:
             raise ValueError(f"{name} has {split.num_examples} examples, but its parts differ")
 
@@ -367,7 +380,9 @@ def read_records(directory: Path, shard: Shard) -> list[Record]:
     """
     path = str(directory / shard.file)
     try:
-        records = [decode_record(record) for record in read_frames(read_shard(directory, shard), path)]
+        records = [
+            decode_record(record) for record in read_frames(read_shard(directory, shard), path)
+        ]
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     if len(records) != shard.num_examples:

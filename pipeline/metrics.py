@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,7 +124,10 @@ class Counts:
 def zero_counts(num_classes: int) -> Counts:
     """The counts of no rows."""
     return count(
-        np.zeros(0, np.int64), np.zeros((0, num_classes), np.float32), [], np.zeros((0, 784), np.uint8)
+        np.zeros(0, np.int64),
+        np.zeros((0, num_classes), np.float32),
+        [],
+        np.zeros((0, 784), np.uint8),
     )
 
 
@@ -149,7 +152,13 @@ def count(
     bins = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
     confusion = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     images = [
-        ScoredImage(ids[i], int(labels[i]), int(predicted[i]), probabilities[i].tobytes(), pixels[i].tobytes())
+        ScoredImage(
+            ids[i],
+            int(labels[i]),
+            int(predicted[i]),
+            probabilities[i].tobytes(),
+            pixels[i].tobytes(),
+        )
         for i in _rows_to_keep(labels, right, confidence, ids)
     ]
     return Counts(
@@ -178,18 +187,22 @@ def _rows_to_keep(
     labels: np.ndarray, right: np.ndarray, confidence: np.ndarray, ids: Sequence[str]
 ) -> list[int]:
     """The rows of a block that may be shown: a few, so that the rest need not become objects."""
-    wrong = sorted(np.flatnonzero(~right), key=lambda i: (-confidence[i], ids[i]))
+    wrong = sorted(np.flatnonzero(~right).tolist(), key=lambda i: (-confidence[i], ids[i]))
     keep = set(wrong[:NUM_MISTAKES])
     for label in np.unique(labels):
-        keep |= set(sorted(np.flatnonzero(labels == label), key=lambda i: ids[i])[:SAMPLES_PER_CLASS])
-    return sorted(int(i) for i in keep)
+        keep |= set(
+            sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: ids[i])[
+                :SAMPLES_PER_CLASS
+            ]
+        )
+    return sorted(keep)
 
 
-def _most_confident(images) -> tuple[ScoredImage, ...]:
+def _most_confident(images: Iterable[ScoredImage]) -> tuple[ScoredImage, ...]:
     return tuple(sorted(images, key=lambda image: (-image.confidence, image.id))[:NUM_MISTAKES])
 
 
-def _lowest_ids(images) -> tuple[ScoredImage, ...]:
+def _lowest_ids(images: Iterable[ScoredImage]) -> tuple[ScoredImage, ...]:
     kept: list[ScoredImage] = []
     taken: dict[int, int] = {}
     for image in sorted(images, key=lambda image: (image.label, image.id)):
@@ -200,11 +213,13 @@ def _lowest_ids(images) -> tuple[ScoredImage, ...]:
 
 
 def ratio(part: int, whole: int) -> float | None:
-    """part / whole; None where there is nothing to divide by."""
+    """Part / whole; None where there is nothing to divide by."""
     return part / whole if whole else None
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
+def wilson_interval(
+    correct: int, total: int, z: float = 1.959963984540054
+) -> tuple[float, float] | None:
     """The Wilson score interval of a proportion; None of nothing.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference":

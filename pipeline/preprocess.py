@@ -7,6 +7,7 @@ The same images and options give the same bytes, on every runner and with any nu
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -14,10 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import logging
-
 from pipeline import command, storage
-from pipeline.command import InputError
+from pipeline.command import InputError, log
 from pipeline.dataset import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -52,16 +51,32 @@ class PreprocessConfig:
     beam_arguments: tuple[str, ...] = ()
 
 
-def add_flags(parser: command.Parser) -> None:
+def add_flags(parser: argparse._ActionsContainer) -> None:
     """Adds the flags that say what the dataset is to be, which the whole chain takes as well."""
-    parser.add_argument("--num_shards", type=command.positive_int, default=8, metavar="N",
-                        help="files in each split (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--split_by", choices=("positional", "hash"),
-                        help="how validation is set apart from train (default: the source's way)")  # fmt: skip
-    parser.add_argument("--validation_size", type=int, metavar="N",
-                        help="rows of train, from its start, that become validation (positional)")  # fmt: skip
-    parser.add_argument("--validation_fraction", type=command.fraction, metavar="F",
-                        help="share of train that becomes validation (hash; default: 1/6)")  # fmt: skip
+    parser.add_argument(
+        "--num_shards",
+        type=command.positive_int,
+        default=8,
+        metavar="N",
+        help="files in each split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split_by",
+        choices=("positional", "hash"),
+        help="how validation is set apart from train (default: the source's way)",
+    )
+    parser.add_argument(
+        "--validation_size",
+        type=int,
+        metavar="N",
+        help="rows of train, from its start, that become validation (positional)",
+    )
+    parser.add_argument(
+        "--validation_fraction",
+        type=command.fraction,
+        metavar="F",
+        help="share of train that becomes validation (hash; default: 1/6)",
+    )
 
 
 def parse(argv: list[str]) -> PreprocessConfig:
@@ -71,23 +86,43 @@ def parse(argv: list[str]) -> PreprocessConfig:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the dataset's folder")
     add_flags(parser)
     flags, rest = parser.parse_known_args(argv)
-    if flags.num_shards > MAX_SHARDS:
-        raise InputError(f"--num_shards {flags.num_shards}: expected at most {MAX_SHARDS}")
-    if flags.validation_size is not None and flags.validation_size < 0:
-        raise InputError(f"--validation_size {flags.validation_size}: expected at least 0")
     if rest:  # checked now, so that a bad flag is told before anything is read
         from pipeline.runners import beam_options
 
         beam_options(rest)
+    return config_from(
+        flags, output_dir=storage.folder(flags.output_dir), beam_arguments=tuple(rest)
+    )
+
+
+def config_from(
+    flags: argparse.Namespace, *, output_dir: Path, beam_arguments: tuple[str, ...]
+) -> PreprocessConfig:
+    """Makes a config of parsed flags.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    if flags.num_shards > MAX_SHARDS:
+        raise InputError(f"--num_shards {flags.num_shards}: expected at most {MAX_SHARDS}")
+    if flags.validation_size is not None and flags.validation_size < 0:
+        raise InputError(f"--validation_size {flags.validation_size}: expected at least 0")
     return PreprocessConfig(
         source=flags.source,
-        output_dir=storage.folder(flags.output_dir),
+        output_dir=output_dir,
         num_shards=flags.num_shards,
         split_by=flags.split_by,
         validation_size=flags.validation_size,
         validation_fraction=flags.validation_fraction,
-        beam_arguments=tuple(rest),
+        beam_arguments=beam_arguments,
     )
+
+
+def dataset_arguments(config: PreprocessConfig) -> list[str]:
+    """The flags of `add_flags` that make this config again."""
+    names = ("num_shards", "split_by", "validation_size", "validation_fraction")
+    given = {name: getattr(config, name) for name in names}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def fingerprint(config: PreprocessConfig, source: Source) -> str:
@@ -145,7 +180,7 @@ def execute(config: PreprocessConfig) -> int:
     identity = fingerprint(config, source)
     if (config.output_dir / MANIFEST_NAME).is_file():
         _require_same(config.output_dir, identity)
-        logging.info("%s: already there", config.output_dir)
+        log.info("%s: already there", config.output_dir)
         return command.DONE
 
     from pipeline import runners, transforms
@@ -156,7 +191,7 @@ def execute(config: PreprocessConfig) -> int:
         config.validation_size,
         config.validation_fraction,
     )
-    logging.info("reading %s", source.describe()["title"])
+    log.info("reading %s", source.describe()["title"])
     with storage.published_whole(config.output_dir) as staging:
         counters = runners.run(
             runners.beam_options(config.beam_arguments),
@@ -166,7 +201,7 @@ def execute(config: PreprocessConfig) -> int:
         _require_examples(manifest)
         metrics = {"fingerprint": identity, "counters": dict(sorted(counters.items()))}
         storage.write_atomic(staging / METRICS_NAME, json.dumps(metrics, indent=2) + "\n")
-    logging.info("%s", summary(config.output_dir, manifest))
+    log.info("%s", summary(config.output_dir, manifest))
     return command.DONE
 
 
@@ -177,7 +212,9 @@ def _require_same(directory: Path, identity: str) -> None:
         for shard in split.shards:
             path = directory / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise InputError(f"{path}: missing or not of {shard.bytes} bytes; remove the folder")
+                raise InputError(
+                    f"{path}: missing or not of {shard.bytes} bytes; remove the folder"
+                )
     if read_fingerprint(directory) != identity:
         raise InputError(f"{directory}: holds another dataset; expected a new or empty folder")
 

@@ -68,4 +68,6 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
         raise InputError(found[1]) from None
     if state != PipelineState.DONE:
         raise RuntimeError(f"the pipeline ended as {state}")
-    return {counter.key.metric.name: counter.result for counter in result.metrics().query()["counters"]}
+    return {
+        counter.key.metric.name: counter.result for counter in result.metrics().query()["counters"]
+    }

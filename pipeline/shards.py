@@ -82,7 +82,9 @@ def write(rows: np.ndarray, index: int, num_shards: int, directory: Path) -> Wri
     for code, split in enumerate(SPLITS):
         chosen = rows["split"] == code
         content = b"".join(
-            frame(encode_record(row["pixels"].tobytes(), int(row["label"]), record_id(row["id"], n)))
+            frame(
+                encode_record(row["pixels"].tobytes(), int(row["label"]), record_id(row["id"], n))
+            )
             for row, n in zip(rows[chosen], occurrences[chosen], strict=True)
         )
         name = shard_name(split, index, num_shards)
@@ -95,7 +97,9 @@ def write(rows: np.ndarray, index: int, num_shards: int, directory: Path) -> Wri
         )
         values, counts = np.unique(rows["label"][chosen], return_counts=True)
         labels[split] = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return WrittenShards(index=index, shards=written, labels=labels, **_duplicates(rows, occurrences))
+    return WrittenShards(
+        index=index, shards=written, labels=labels, **_duplicates(rows, occurrences)
+    )
 
 
 def _duplicates(rows: np.ndarray, occurrences: np.ndarray) -> dict[str, int]:
@@ -114,16 +118,24 @@ def _duplicates(rows: np.ndarray, occurrences: np.ndarray) -> dict[str, int]:
 
 
 def make_manifest(
-    written: Iterable[WrittenShards], source: dict[str, Any], split_by: str, class_names: tuple[str, ...]
+    written: Iterable[WrittenShards],
+    source: dict[str, Any],
+    split_by: str,
+    class_names: tuple[str, ...],
 ) -> Manifest:
     """Puts together the manifest of a dataset from what each shard number holds."""
     in_order = sorted(written, key=lambda part: part.index)
     splits = {}
     for split in SPLITS:
         files = tuple(part.shards[split] for part in in_order)
-        counts = [sum(part.labels[split].get(label, 0) for part in in_order) for label in range(len(class_names))]
+        counts = [
+            sum(part.labels[split].get(label, 0) for part in in_order)
+            for label in range(len(class_names))
+        ]
         splits[split] = Split(
-            num_examples=sum(file.num_examples for file in files), label_counts=tuple(counts), shards=files
+            num_examples=sum(file.num_examples for file in files),
+            label_counts=tuple(counts),
+            shards=files,
         )
     every_file = [file for split in splits.values() for file in split.shards]
     duplicates = {

@@ -42,7 +42,9 @@ class Splitter:
         else:
             limit = self.validation_fraction * 2**32
             held_out = np.array([id_bits(name, 0, 32) < limit for name in ids], bool)
-        return np.where(held_out, SPLITS.index("validation"), SPLITS.index("train")).astype(np.uint8)
+        return np.where(held_out, SPLITS.index("validation"), SPLITS.index("train")).astype(
+            np.uint8
+        )
 
 
 def make_splitter(
@@ -59,14 +61,16 @@ def make_splitter(
     if by == "hash":
         if validation_size is not None:
             raise InputError("--validation_size goes with --split_by positional, not hash")
-        return Splitter(by=by, validation_fraction=1 / 6 if validation_fraction is None else validation_fraction)
+        return Splitter(
+            by=by, validation_fraction=1 / 6 if validation_fraction is None else validation_fraction
+        )
     if validation_fraction is not None:
         raise InputError("--validation_fraction goes with --split_by hash, not positional")
     if validation_size is None:
         validation_size = 10_000 if train_size >= 60_000 else train_size // 6
     if validation_size >= train_size:
         raise InputError(
-            f"--validation_size {validation_size}: expected less than the {train_size} rows of train"
+            f"--validation_size {validation_size}: expected less than train's {train_size} rows"
         )
     return Splitter(by=by, validation_size=validation_size)
 

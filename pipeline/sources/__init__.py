@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
     part: str
     first: int
-    count: int
+    size: int
 
 
 class RawRows(NamedTuple):
@@ -48,19 +48,23 @@ class RawRows(NamedTuple):
 
 
 class Source(Protocol):
-    """A set of labelled 28x28 images. Picklable, and cheap to pickle.
+    """A set of labelled 28x28 images. Picklable, and cheap to pickle."""
 
-    Attributes:
-        spec: what `open_source` takes to open it again.
-        default_split_by: "positional" or "hash".
-        class_names: one name per class.
-        part_sizes: rows of "train" and of "test".
-    """
+    @property
+    def spec(self) -> str:
+        """What `open_source` takes to open it again."""
 
-    spec: str
-    default_split_by: str
-    class_names: tuple[str, ...]
-    part_sizes: dict[str, int]
+    @property
+    def default_split_by(self) -> str:
+        """How validation is set apart unless the user says: "positional" or "hash"."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class."""
+
+    @property
+    def part_sizes(self) -> dict[str, int]:
+        """Rows of "train" and of "test"."""
 
     def describe(self) -> dict[str, Any]:
         """What was read, for the manifest: at least ``kind`` and ``title``; no path, no time."""

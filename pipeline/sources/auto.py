@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from absl import logging
-
-from pipeline.command import InputError
+from pipeline.command import InputError, log
 from pipeline.sources import Source, digits, idx, tfds
 
 VARIABLE = "MNIST_IDX_DIR"
@@ -22,12 +20,12 @@ def open_source(environ: Mapping[str, str]) -> Source:
     """
     if directory := environ.get(VARIABLE):
         source: Source = idx.open_source(directory)
-        logging.info("source auto: MNIST from $%s, %s", VARIABLE, directory)
+        log.info("source auto: MNIST from $%s, %s", VARIABLE, directory)
         return source
     try:
         source = tfds.open_source("mnist")
     except InputError as error:
-        logging.warning("source auto: MNIST cannot be had (%s); using %s", error, digits.TITLE)
+        log.warning("source auto: MNIST cannot be had (%s); using %s", error, digits.TITLE)
         return digits.open_source("")
-    logging.info("source auto: MNIST from TensorFlow Datasets")
+    log.info("source auto: MNIST from TensorFlow Datasets")
     return source

@@ -49,7 +49,7 @@ class DigitsSource:
     def read(self, block: Block) -> Iterator[RawRows]:
         """Yields the rows of a block."""
         pixels, labels = _load()[block.part]
-        rows = slice(block.first, block.first + block.count)
+        rows = slice(block.first, block.first + block.size)
         yield RawRows(block.part, block.first, pixels[rows], labels[rows])
 
 

@@ -67,13 +67,13 @@ class IdxSource:
         with _open(images.path) as image_file, _open(labels.path) as label_file:
             _skip(image_file, images.header_bytes + block.first * NUM_PIXELS)
             _skip(label_file, labels.header_bytes + block.first)
-            for rows in ranges({block.part: block.count}, ROWS_AT_ONCE):
-                pixels = _read_exactly(image_file, rows.count * NUM_PIXELS, images.path)
-                classes = _read_exactly(label_file, rows.count, labels.path)
+            for rows in ranges({block.part: block.size}, ROWS_AT_ONCE):
+                pixels = _read_exactly(image_file, rows.size * NUM_PIXELS, images.path)
+                classes = _read_exactly(label_file, rows.size, labels.path)
                 yield RawRows(
                     part=block.part,
                     first=block.first + rows.first,
-                    pixels=np.frombuffer(pixels, np.uint8).reshape(rows.count, NUM_PIXELS),
+                    pixels=np.frombuffer(pixels, np.uint8).reshape(rows.size, NUM_PIXELS),
                     labels=np.frombuffer(classes, np.uint8).astype(np.int64),
                 )
 
@@ -117,7 +117,9 @@ def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
 
 def _find(folder: Path, stems: tuple[str, ...], suffix: str) -> Path:
     """Finds the one file of this name, with a dash or (as some copies have it) a dot."""
-    names = [f"{stem}-{form}" for stem in stems for form in (suffix, suffix.replace("-idx", ".idx"))]
+    names = [
+        f"{stem}-{form}" for stem in stems for form in (suffix, suffix.replace("-idx", ".idx"))
+    ]
     candidates = [folder / (name + ending) for name in names for ending in ("", ".gz")]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
@@ -152,7 +154,8 @@ def inspect(path: Path, *, dimensions: int) -> IdxFile:
     expected = int(np.prod(shape, dtype=object))
     if found != expected:
         raise InputError(
-            f"{path}: {found} bytes of data, its header says {' x '.join(map(str, shape))} = {expected}"
+            f"{path}: {found} bytes of data, its header says"
+            f" {' x '.join(map(str, shape))} = {expected}"
         )
     return IdxFile(path=path.absolute(), shape=shape, header_bytes=header_bytes)
 

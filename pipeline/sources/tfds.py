@@ -52,7 +52,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self.data_path)
-        split = f"{block.part}[{block.first}:{block.first + block.count}]"
+        split = f"{block.part}[{block.first}:{block.first + block.size}]"
         rows = builder.as_dataset(split=split, shuffle_files=False, batch_size=ROWS_AT_ONCE)
         first = block.first
         for batch in rows.as_numpy_iterator():
@@ -90,8 +90,9 @@ def open_source(name: str) -> TfdsSource:
 
 
 def _check_features(name: str, features: Any) -> None:
-    image = features.get("image") if features else None
-    label = features.get("label") if features else None
+    image, label = (
+        features[key] if features and key in features else None for key in ("image", "label")
+    )
     if image is None or tuple(image.shape) != IMAGE_SHAPE:
         shape = "none" if image is None else tuple(image.shape)
         raise InputError(f"--source tfds:{name}: image is {shape}, expected {IMAGE_SHAPE}")

@@ -1,0 +1,1 @@
+"""The training program: a multilayer perceptron on TensorFlow's Core APIs."""

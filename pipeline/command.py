@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 from absl.flags import argparse_flags
 
@@ -96,16 +96,17 @@ def run(
 ) -> NoReturn:
     """Parses the command line, runs the command and exits with its code.
 
-    An `InputError` from either ends in one line on stderr and its exit code; any other
-    exception is a failure of the job itself and keeps its traceback (exit code 1).
+    An `InputError` from either ends in one line on stderr and its exit code, and so does a wrong
+    value of one of absl's flags; any other exception is a failure of the job itself and keeps
+    its traceback (exit code 1).
     """
 
     def guarded(step: Callable[[Any], Any], argument: Any) -> Any:
         try:
             return step(argument)
-        except InputError as error:
+        except (InputError, flags.Error) as error:
             print(f"python -m {prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(error.exit_code)
+            sys.exit(getattr(error, "exit_code", BAD_INPUT))
         except KeyboardInterrupt:
             print(f"python -m {prog}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)

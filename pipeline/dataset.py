@@ -281,7 +281,7 @@ def parse_manifest(text: str, name: str) -> Manifest:
     try:
         raw = json.loads(text)
         version = raw["format_version"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{name}: not a dataset manifest") from None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -326,12 +326,11 @@ def _check_manifest(manifest: Manifest) -> None:
                 raise ValueError(f"shard {shard.file!r} is not a plain file name")
         if len(split.label_counts) != manifest.num_classes:
             raise ValueError(f"{name} counts {len(split.label_counts)} labels")
-        totals = {
-            split.num_examples,
-            sum(split.label_counts),
-            sum(s.num_examples for s in split.shards),
-        }
-        if len(totals) != 1:
+        in_shards = [shard.num_examples for shard in split.shards]
+        for count in (split.num_examples, *split.label_counts, *in_shards):
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name} counts {count!r}, expected a whole number")
+        if not split.num_examples == sum(split.label_counts) == sum(in_shards):
             raise ValueError(f"{name} has {split.num_examples} examples, but its parts differ")
 
 

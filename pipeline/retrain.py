@@ -97,8 +97,8 @@ class Stages:
         self._stopping = False
         signal.signal(signal.SIGTERM, self._stop)
 
-    def run(self, module: str, *arguments: str | Path, capture: bool = False) -> str:
-        """Runs ``python -m module``, and returns what it printed if that is to be captured.
+    def run(self, module: str, *arguments: str | Path) -> None:
+        """Runs ``python -m module`` to its end.
 
         Raises:
             StageError: it did not exit with 0, or a SIGTERM came.
@@ -107,18 +107,13 @@ class Stages:
             raise StageError(module, command.TERMINATED)
         # The stage inherits the lock: should this process be killed, nobody starts beside it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            pass_fds=[self._lock],
-            stdout=subprocess.PIPE if capture else None,
-            text=True,
+            [sys.executable, "-m", module, *map(str, arguments)], pass_fds=[self._lock]
         )
-        output, _ = self._process.communicate()
-        code = self._process.returncode
+        code = self._process.wait()
         if self._stopping or code == -signal.SIGTERM:
             code = command.TERMINATED
         if code:
             raise StageError(module, code)
-        return output or ""
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -128,13 +123,14 @@ class Stages:
 
 def execute(config: RetrainConfig) -> int:
     """Runs the chain."""
-    if any(flag.startswith(("--run_dir", "--dataset_dir")) for flag in config.trainer_arguments):
-        raise InputError("--run_dir and --dataset_dir follow from --root; leave them out")
     report.require_page_libraries()
+    # What the user may have got wrong comes first: until here, nothing is written.
+    trainer_config = ask_trainer(config)
+    source = resolve_source(config)
     with storage.locked(config.root) as lock:
         stages = Stages(lock)
         try:
-            return _run_chain(config, stages)
+            return _run_chain(config, trainer_config, source, stages)
         except StageError as error:
             if error.code in (command.BAD_INPUT, command.TERMINATED):
                 return error.code
@@ -142,9 +138,9 @@ def execute(config: RetrainConfig) -> int:
             return 1
 
 
-def _run_chain(config: RetrainConfig, stages: Stages) -> int:
-    trainer_config = _trainer_config(config, stages)
-    source = _open_source(config)
+def _run_chain(
+    config: RetrainConfig, trainer_config: dict[str, Any], source: Source, stages: Stages
+) -> int:
     dataset_dir = _preprocess(config, source, stages)
     manifest = load_manifest(dataset_dir)
     run_id = make_run_id(manifest.dataset_id, trainer_config)
@@ -184,22 +180,35 @@ def _run_chain(config: RetrainConfig, stages: Stages) -> int:
     return command.DONE if promoted else command.KEPT_CHAMPION
 
 
-def _trainer_config(config: RetrainConfig, stages: Stages) -> dict[str, Any]:
-    """Asks the trainer what its flags mean, before anything is read: a bad one ends here."""
-    output = stages.run(
-        "trainer.task",
-        "--dry_run",
-        "--dataset_dir",
-        config.root,
-        "--run_dir",
-        config.root,
-        *config.trainer_arguments,
-        capture=True,
+def ask_trainer(config: RetrainConfig) -> dict[str, Any]:
+    """Asks the trainer what the flags that are its own come to.
+
+    Raises:
+        InputError: it does not know one, or refuses its value.
+    """
+    taken = {"--run_dir", "--dataset_dir", "--dry_run"}
+    if named := [flag for flag in config.trainer_arguments if flag.split("=")[0] in taken]:
+        raise InputError(f"{named[0]}: is for trainer.task alone; here it follows from --root")
+    answer = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "trainer.task",
+            "--dry_run",
+            "--dataset_dir=-",
+            "--run_dir=-",
+            *config.trainer_arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return json.loads(output)
+    if answer.returncode:
+        raise InputError(answer.stderr.strip().removeprefix("python -m trainer.task: error: "))
+    return json.loads(answer.stdout)
 
 
-def _open_source(config: RetrainConfig) -> Source:
+def resolve_source(config: RetrainConfig) -> Source:
     """Opens the source; ``auto`` stays what it was for the champion of this root."""
     champion = registry.champion(config.root)
     if config.source == "auto" and champion is not None:
@@ -277,12 +286,17 @@ def _carry_out(root: Path, run_dir: Path) -> bool:
     }
     entry["version"] = champion.version if decision["promoted"] and champion else None
     entry["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    ledger = root / LEDGER_FILE
-    with ledger.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_line(root / LEDGER_FILE, entry)
+    return decision["promoted"]
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Appends a JSON line and flushes it to the disk; after a line cut short, on a new line."""
+    old = path.read_text() if path.exists() else ""
+    with path.open("a") as file:
+        file.write(("\n" if old and not old.endswith("\n") else "") + json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    return decision["promoted"]
 
 
 def judged(root: Path) -> set[str]:

@@ -49,14 +49,18 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
     """Builds a pipeline, runs it to its end and returns its counters by name.
 
     Raises:
-        InputError: a worker met wrong input. The type of an exception is lost on its way from
-            a worker, so it is recognised by its name in the text.
+        InputError: there is no such runner, it refuses the options, or a worker met wrong input.
+            The type of an exception is lost on its way from a worker, so it is recognised by
+            its name in the text.
         RuntimeError: anything else that failed.
     """
     import apache_beam as beam
     from apache_beam.runners.runner import PipelineState
 
-    pipeline = beam.Pipeline(options=options)
+    try:
+        pipeline = beam.Pipeline(options=options)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"Beam refuses its options: {error}") from None
     build(pipeline)
     try:
         result = pipeline.run()

@@ -23,13 +23,18 @@ def folder(text: str) -> Path:
     """Parses a flag that names a folder.
 
     Raises:
-        InputError: the folder is in a bucket, which only local paths can be so far.
+        InputError: the folder is in a bucket, where none can be so far, or cannot be looked at.
     """
     if "://" in text:
         raise InputError(f"{text}: expected a local folder; buckets are not supported yet")
     if not text:
         raise InputError("expected a folder, got an empty name")
-    return Path(text)
+    path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:  # no permission, or too long a name
+        raise InputError(f"{text}: cannot be used: {error.strerror}") from None
+    return path
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -56,19 +61,27 @@ def published_whole(final: Path) -> Iterator[Path]:
     What an earlier process left behind, killed in the middle, is removed first.
 
     Raises:
-        InputError: `final` cannot be created, or already holds files.
+        InputError: `final` cannot be created or replaced, or already holds files.
         LockedError: another process is writing the same folder.
     """
     require_absent(final)
-    staging = final.parent / f".{final.name}.incomplete"
+    place = final.resolve()  # a link to an empty folder cannot be renamed over, its target can
+    if place.is_mount() or place == Path.cwd():
+        raise InputError(
+            f"{final}: a mount point or the current folder cannot be replaced as a whole;"
+            " expected a folder inside it"
+        )
+    staging = place.parent / f".{place.name}.incomplete"
     with locked(staging):
         try:
+            require_absent(final)  # again: it may have been published as we took the lock
             for leftover in staging.iterdir():
                 if leftover.name != LOCK_NAME:
                     remove(leftover)
             yield staging
-            (staging / LOCK_NAME).unlink()
-            staging.rename(final)  # POSIX lets it replace an empty folder
+            staging.rename(place)  # POSIX lets it replace an empty folder
+            # Only now: without its lock, another process could take over the staging folder.
+            (place / LOCK_NAME).unlink()
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -1,0 +1,82 @@
+"""What several test files need: small data, and commands run as a user runs them."""
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_CLASSES = 10
+
+
+def make_images(num_train=600, num_test=120, seed=0):
+    """{"train": (images, labels), "test": ...}: uint8 [n, 28, 28], uint8 [n]; easy to learn.
+
+    Every class has its own bright block in a noisy image; all ten classes stand in every ten rows.
+    """
+    random = np.random.default_rng(seed)
+    data = {}
+    for part, size in (("train", num_train), ("test", num_test)):
+        labels = np.concatenate(
+            [random.permutation(NUM_CLASSES) for _ in range(-(-size // NUM_CLASSES))]
+        )[:size].astype(np.uint8)
+        images = random.integers(0, 64, (size, 28, 28), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            top, left = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
+            image[top : top + 11, left : left + 5] += 160
+        data[part] = (images, labels)
+    return data
+
+
+def idx_bytes(array):
+    """A uint8 array as the content of an IDX file."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return header + np.ascontiguousarray(array, np.uint8).tobytes()
+
+
+def write_idx(folder, data, *, gz=False, test_stem="t10k"):
+    """Writes {"train": (images, labels), "test": ...} as IDX files; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, (images, labels) in data.items():
+        stem = test_stem if part == "test" else part
+        for name, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            content = idx_bytes(np.asarray(array))
+            if gz:
+                (folder / f"{stem}-{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+            else:
+                (folder / f"{stem}-{name}").write_bytes(content)
+    return folder
+
+
+def run_python(*args, env=None, cwd=None, timeout=300):
+    """Runs this Python with the repository importable; `env` adds variables, None removes one."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        env={name: str(value) for name, value in environ.items() if value is not None},
+        cwd=cwd or ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_cli(module, *args, env=None, cwd=None, timeout=300):
+    """Runs ``python -m module args``; returns the CompletedProcess with its text output."""
+    return run_python("-m", module, *args, env=env, cwd=cwd, timeout=timeout)
+
+
+def tree(folder):
+    """{relative name: content} of every file under a folder, hidden ones included."""
+    folder = Path(folder)
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -30,7 +30,7 @@ test: $(INSTALLED) ## run the default tests, offline
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 campaign: $(INSTALLED) ## run the long series of tests (SHARE=2 runs two cases of each)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m campaign
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m campaign $(if $(SHARE),--share $(SHARE))
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

@@ -35,7 +35,9 @@ TERMINATED = 143
 
 ConfigT = TypeVar("ConfigT")
 
-NOISY = ("apache_beam", "tensorflow", "tensorflow_datasets", "matplotlib", "fontTools")
+# What Beam warns of wherever the parts of it that are not used here were not installed, and of
+# each worker process that it starts.
+REMARKS = ("apitools not found", "Resource module is not available", "No semi_persistent_directory")
 
 # Our own lines, apart from absl's logger, on which TensorFlow writes as well.
 log = logging.getLogger("digits_pipeline")
@@ -111,27 +113,39 @@ def run(
             print(f"python -m {prog}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
-    def start(config: ConfigT) -> int:
-        _plain_logging()
-        return guarded(execute, config)
+    def plain(argv: list[str]) -> ConfigT:
+        handler = absl_logging.get_absl_handler()
+        handler.setFormatter(_PlainFormatter())
+        handler.addFilter(_worth_showing)
+        log.setLevel(logging.INFO)
+        return guarded(parse, argv[1:])
 
-    app.run(start, flags_parser=lambda argv: guarded(parse, argv[1:]))
-
-
-def _plain_logging() -> None:
-    """Shows our own progress as plain lines, and of the libraries only what warns."""
-    absl_logging.get_absl_handler().setFormatter(_PlainFormatter())
-    asked = absl_logging.get_verbosity()
-    log.setLevel(logging.INFO if asked >= absl_logging.WARNING else logging.ERROR)
-    if asked < absl_logging.DEBUG:
-        for library in ("absl", *NOISY):
-            logging.getLogger(library).setLevel(logging.WARNING)
+    app.run(lambda config: guarded(execute, config), flags_parser=plain)
 
 
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Keeps our own lines, and of the libraries only what warns of something.
+
+    Beam logs an `InputError` of a worker with its traceback; the command says it in one line.
+    """
+    asked = absl_logging.get_verbosity()
+    if asked >= absl_logging.DEBUG:
+        return True
+    if record.levelno <= logging.INFO:
+        return record.name == log.name and asked >= absl_logging.WARNING  # absl's default
+    error = record.exc_info[1] if record.exc_info else None
+    said = record.getMessage()
+    return not (
+        isinstance(error, InputError)
+        or f"{__name__}.InputError" in said
+        or any(remark in said for remark in REMARKS)
+    )
 
 
 @contextlib.contextmanager

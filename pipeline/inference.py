@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +89,6 @@ class SavedModelHandler(ModelHandler):
         """Loads the model, and keeps it whole: its signature alone would lose its variables."""
         with command.quiet_import():
             import tensorflow as tf
-        logging.getLogger().addFilter(_not_about_memory)
         return tf.saved_model.load(self._model_dir)
 
     def run_inference(
@@ -118,11 +116,6 @@ class SavedModelHandler(ModelHandler):
     def get_num_bytes(self, batch: Sequence[RecordBlock]) -> int:
         """The bytes of the images, for Beam's metrics."""
         return sum(block.pixels.nbytes for block in batch)
-
-
-def _not_about_memory(record: logging.LogRecord) -> bool:
-    """Drops Beam's remark, on every machine without PyTorch, that it cannot tell memory use."""
-    return "Resource module is not available" not in record.getMessage()
 
 
 class MergeCounts(beam.CombineFn):

@@ -50,8 +50,8 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
 
     Raises:
         InputError: there is no such runner, it refuses the options, or a worker met wrong input.
-            The type of an exception is lost on its way from a worker, so it is recognised by
-            its name in the text.
+            The type of an exception is lost on its way from another process, so it is
+            recognised by its name in the text; Beam adds the step to the message.
         RuntimeError: anything else that failed.
     """
     import apache_beam as beam
@@ -66,7 +66,8 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
         result = pipeline.run()
         state = result.wait_until_finish()
     except Exception as error:
-        found = re.search(r"InputError: (.+?)(?: \[while running|\\n|\n|$)", str(error))
+        text = f"InputError: {error}" if isinstance(error, InputError) else str(error)
+        found = re.search(r"InputError: (.+?)(?: \[while running|\\n|\n|$)", text)
         if found is None:
             raise
         raise InputError(found[1]) from None

@@ -1,8 +1,8 @@
 import numpy as np
+import numpy_twin
 import pytest
 import tensorflow as tf
 
-import numpy_twin
 from trainer.gradients import tape_gradients, totals
 from trainer.model import MLP
 

@@ -1,10 +1,10 @@
 import math
 
 import numpy as np
+import numpy_twin
 import pytest
 import tensorflow as tf
 
-import numpy_twin
 from trainer.model import MLP, DenseLayer, identity, relu, xavier_uniform
 
 

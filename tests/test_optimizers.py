@@ -1,10 +1,10 @@
 import itertools
 
 import numpy as np
+import numpy_twin
 import pytest
 import tensorflow as tf
 
-import numpy_twin
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.model import MLP
 from trainer.optimizers import Adam, AdamState, adam_update

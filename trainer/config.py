@@ -62,6 +62,11 @@ def check(config: TrainConfig) -> TrainConfig:
         raise InputError(f"--hidden_units {given}: expected widths of at least 1")
     if not config.learning_rate > 0 or config.learning_rate == float("inf"):
         raise InputError(f"--learning_rate {config.learning_rate}: expected a number above 0")
+    for name in ("beta_1", "beta_2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"--{name} {getattr(config, name)}: expected at least 0 and below 1")
+    if not 0 < config.epsilon < float("inf"):  # 0 / 0 for a weight that never had a gradient
+        raise InputError(f"--epsilon {config.epsilon}: expected a number above 0")
     if not 0 <= config.seed < 2**31:
         raise InputError(f"--seed {config.seed}: expected 0 to {2**31 - 1}")
     if config.replicas is not None:

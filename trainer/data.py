@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from pipeline.command import InputError
 from pipeline.dataset import NUM_PIXELS, Manifest, read_shard
 
 PARSE_BATCH = 4096
@@ -52,9 +53,12 @@ def load_split(directory: Path, manifest: Manifest, split: str) -> Examples:
     at = 0
     for batch in _parsed([str(directory / shard.file) for shard in shards]):
         rows = slice(at, at + len(batch["label"]))
-        images[rows], labels[rows] = batch["image"], batch["label"]
+        if rows.stop <= size:
+            images[rows], labels[rows] = batch["image"], batch["label"]
         at = rows.stop
-    return Examples(images[:at], labels[:at])
+    if at != size:
+        raise InputError(f"{directory}: {at} records in {split}, the manifest says {size}")
+    return Examples(images, labels)
 
 
 def _parsed(files: list[str]) -> tf.data.NumpyIterator:

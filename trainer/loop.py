@@ -87,16 +87,23 @@ def execute(config: TrainConfig, dataset_dir: Path, run_dir: Path) -> int:
     manifest = load_manifest(dataset_dir)
     for split in ("train", "validation"):
         check_present(dataset_dir, manifest, split)
+    if not manifest.splits["train"].num_examples:
+        raise InputError(f"{dataset_dir}: its train split has no examples")
     stop = StopSignal()
+    strategy = make_strategy(config.replicas)
+    config = dataclasses.replace(config, replicas=strategy.num_replicas_in_sync)
+    check_divides(config.batch_size, strategy.num_replicas_in_sync)
+    # Read before the run folder is made, so that a damaged dataset leaves nothing behind.
+    train_split = data.load_split(dataset_dir, manifest, "train")
+    validation = data.load_split(dataset_dir, manifest, "validation")
     with storage.locked(run_dir):
-        strategy = make_strategy(config.replicas)
-        config = dataclasses.replace(config, replicas=strategy.num_replicas_in_sync)
-        check_divides(config.batch_size, strategy.num_replicas_in_sync)
         open_run(run_dir, config, strategy, manifest)
         if (run_dir / "export" / "model.json").is_file():
             log.info("%s: already trained and exported", run_dir)
             return command.DONE
-        run, model = _prepare(config, strategy, manifest, dataset_dir, run_dir, stop)
+        run, model = _prepare(
+            config, strategy, train_split, validation, manifest.num_classes, run_dir, stop
+        )
         if not train(run):
             log.info("stopped by SIGTERM after saving; the same command goes on from here")
             return command.TERMINATED
@@ -130,7 +137,7 @@ def open_run(
         InputError: the folder holds another run.
     """
     path = run_dir / "config.json"
-    devices = [device.split(":", 3)[-1] for device in strategy.extended.worker_devices]
+    devices = [device.split("device:")[-1] for device in strategy.extended.worker_devices]
     content: dict[str, Any] = dataclasses.asdict(config) | {
         "hidden_units": list(config.hidden_units),
         "dataset_id": manifest.dataset_id,
@@ -155,16 +162,15 @@ def open_run(
 def _prepare(
     config: TrainConfig,
     strategy: tf.distribute.Strategy,
-    manifest: Manifest,
-    dataset_dir: Path,
+    train: data.Examples,
+    validation: data.Examples,
+    num_classes: int,
     run_dir: Path,
     stop: StopSignal,
 ) -> tuple[Run, MLP]:
-    """Loads the data, builds the model on every replica and the compiled functions."""
-    train = data.load_split(dataset_dir, manifest, "train")
-    validation = data.load_split(dataset_dir, manifest, "validation")
+    """Builds the model on every replica, the compiled functions and what a run writes."""
     with strategy.scope():
-        model = MLP(NUM_PIXELS, config.hidden_units, manifest.num_classes, seed=config.seed)
+        model = MLP(NUM_PIXELS, config.hidden_units, num_classes, seed=config.seed)
         optimizer = Adam(
             model.weights,
             learning_rate=config.learning_rate,
@@ -211,7 +217,9 @@ def train(run: Run) -> bool:
     _keep_lines(run.metrics, progress.epoch)
     while progress.epoch < run.config.epochs:
         for _ in _epoch(run, progress):
-            if run.stop():
+            # An epoch whose steps are done is finished first, because its checkpoint would
+            # bear the number of one saved here, and a kill in between would damage both.
+            if run.stop() and progress.step_in_epoch < run.steps_per_epoch:
                 run.checkpoints.save(progress, _total_steps(run, progress))
                 return False
         _finish_epoch(run, progress)
@@ -252,18 +260,18 @@ def _epoch(run: Run, progress: Progress) -> Iterator[None]:
             progress.seconds += time.monotonic() - started
             taken = len(batches.indices[steps])
             progress.step_in_epoch += taken
-            _require_finite(progress, steps)
+            _require_finite(
+                progress.loss_sum,
+                f"in epoch {progress.epoch + 1}, steps {steps.start} to {progress.step_in_epoch}",
+            )
             bar.update(taken)
             yield
 
 
-def _require_finite(progress: Progress, steps: slice) -> None:
-    """Stops a run that has diverged, naming the steps, before it saves what is lost."""
-    if not np.isfinite(progress.loss_sum):
-        raise InputError(
-            f"the loss is {progress.loss_sum} in epoch {progress.epoch + 1}, steps {steps.start} to"
-            f" {progress.step_in_epoch}; a smaller --learning_rate may help"
-        )
+def _require_finite(loss: float, where: str) -> None:
+    """Stops a run that has diverged, saying where, before it saves what is lost."""
+    if not np.isfinite(loss):
+        raise InputError(f"the loss is {loss} {where}; a smaller --learning_rate may help")
 
 
 def _finish_epoch(run: Run, progress: Progress) -> None:
@@ -273,7 +281,7 @@ def _finish_epoch(run: Run, progress: Progress) -> None:
         "step": _total_steps(run, progress),
         "loss": progress.loss_sum / run.train_size,
         "accuracy": progress.correct / run.train_size,
-        **_validate(run),
+        **_validate(run, progress.epoch + 1),
         "seconds": round(progress.seconds, 4),
         "examples_per_second": round(run.train_size / progress.seconds, 1),
     }
@@ -290,11 +298,12 @@ def _finish_epoch(run: Run, progress: Progress) -> None:
     run.checkpoints.save(progress, step)
 
 
-def _validate(run: Run) -> dict[str, float | None]:
+def _validate(run: Run, epoch: int) -> dict[str, float | None]:
     if run.evaluate is None:
         return {"val_loss": None, "val_accuracy": None}
     rows = data.cut(np.arange(run.validation_size, dtype=np.int32), run.evaluation_batch)
     sums = run.evaluate(rows.indices, rows.mask)
+    _require_finite(float(sums.loss), f"on the validation split after epoch {epoch}")
     return {
         "val_loss": float(sums.loss) / run.validation_size,
         "val_accuracy": int(sums.correct) / run.validation_size,

@@ -85,9 +85,12 @@ def open_source(directory: str) -> IdxSource:
         InputError: a file is missing or is not what its header says.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise InputError(f"--source idx:{directory}: no such folder")
-    files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
+    try:
+        if not folder.is_dir():
+            raise InputError(f"--source idx:{directory}: no such folder")
+        files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
+    except OSError as error:  # a folder that may not be looked into
+        raise InputError(f"--source idx:{directory}: cannot be read: {error.strerror}") from None
     largest = max(_largest_label(labels) for _, labels in files.values())
     if largest < 1:
         raise InputError(f"{folder}: every label is 0; expected at least two classes")

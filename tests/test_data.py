@@ -1,0 +1,135 @@
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.command import InputError
+from pipeline.dataset import load_manifest, read_records
+from trainer.data import cut, epoch_order, load_split
+
+# A split from its files
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_load_split_gives_every_record_in_the_order_of_its_shards(small_dataset, split):
+    manifest = load_manifest(small_dataset)
+    records = [
+        record
+        for shard in manifest.splits[split].shards
+        for record in read_records(small_dataset, shard)
+    ]
+    images, labels = load_split(small_dataset, manifest, split)
+    assert (images.dtype, labels.dtype) == (np.float32, np.int64)
+    assert len(records) == manifest.splits[split].num_examples > 0
+    np.testing.assert_array_equal(images, np.stack([record.image for record in records]))
+    np.testing.assert_array_equal(labels, [record.label for record in records])
+
+
+def test_load_split_of_no_examples(small_dataset):
+    manifest = load_manifest(small_dataset)
+    empty = dataclasses.replace(manifest.splits["validation"], num_examples=0, shards=())
+    manifest = dataclasses.replace(manifest, splits={"validation": empty})
+    images, labels = load_split(small_dataset, manifest, "validation")
+    assert (images.shape, labels.shape) == ((0, 784), (0,))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "the manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "the manifest says"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes"),
+        (flip_a_bit, "checksum differs"),
+    ],
+)
+def test_load_split_refuses_a_damaged_file(small_dataset_copy, damage, message):
+    manifest = load_manifest(small_dataset_copy)
+    shard = manifest.splits["train"].shards[1]
+    damage(small_dataset_copy / shard.file)
+    with pytest.raises(InputError, match=message) as error:
+        load_split(small_dataset_copy, manifest, "train")
+    assert shard.file in str(error.value)
+    load_split(small_dataset_copy, manifest, "validation")  # is whole, and does not mind
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_load_split_refuses_another_number_of_records(small_dataset, off_by):
+    manifest = load_manifest(small_dataset)
+    train = manifest.splits["train"]
+    wrong = dataclasses.replace(train, num_examples=train.num_examples + off_by)
+    manifest = dataclasses.replace(manifest, splits={"train": wrong})
+    with pytest.raises(InputError, match=f"{train.num_examples} records in train"):
+        load_split(small_dataset, manifest, "train")
+
+
+@pytest.fixture
+def small_dataset_copy(small_dataset, tmp_path):
+    return shutil.copytree(small_dataset, tmp_path / "dataset")
+
+
+# The order of an epoch
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1000, 50_000])
+def test_epoch_order_is_a_permutation(size):
+    order = epoch_order(22, 0, size)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+def test_epoch_order_depends_on_seed_and_epoch_alone():
+    orders = {
+        (seed, epoch): epoch_order(seed, epoch, 100).tobytes()
+        for seed in (0, 1, 22, 2**31 - 1)
+        for epoch in (0, 1, 22)
+    }
+    assert len(set(orders.values())) == len(orders)
+    np.random.default_rng().random(5)  # no state is shared
+    assert all(epoch_order(*key, 100).tobytes() == order for key, order in orders.items())
+
+
+def test_epoch_order_has_not_changed():
+    """Runs that were begun with another order could not go on from their checkpoints."""
+    first = [22951, 42617, 38678, 34063, 32363, 44347, 13649, 38095]
+    assert epoch_order(22, 0, 50_000)[:8].tolist() == first
+    assert epoch_order(22, 1, 10).tolist() == [7, 3, 0, 9, 2, 5, 1, 4, 8, 6]
+
+
+def test_epoch_order_mixes_evenly():
+    """Where a row comes in the order does not depend on where it lies in the split."""
+    orders = np.stack([epoch_order(22, epoch, 500) for epoch in range(40)])
+    first_half = (orders[:, :250] < 250).sum(axis=1)  # hypergeometric: mean 125, deviation 5.6
+    assert abs(first_half.mean() - 125) < 5 * 5.6 / np.sqrt(40)
+    assert 2 < first_half.std() < 12
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "steps"),
+    [(10, 5, 2), (10, 4, 3), (9, 4, 3), (8, 4, 2), (3, 4, 1), (1, 1, 1), (5, 1, 5), (0, 4, 0)],
+)
+def test_cut_gives_every_row_exactly_once(size, batch_size, steps):
+    order = epoch_order(1, 2, size) + 7  # so that the rows differ from the padding
+    indices, mask = cut(order, batch_size)
+    assert indices.shape == mask.shape == (steps, batch_size)
+    assert (indices.dtype, mask.dtype) == (np.int32, np.float32)
+    np.testing.assert_array_equal(indices[mask == 1], order)  # all, once, in order
+    assert not indices[mask == 0].any()
+    assert mask.sum() == size
+    assert mask[:-1].all()  # only the last batch is padded
+
+
+def test_cut_by_hand():
+    indices, mask = cut(np.array([3, 1, 4, 0, 2], np.int32), 3)
+    assert indices.tolist() == [[3, 1, 4], [0, 2, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -1,0 +1,136 @@
+import apache_beam as beam
+import pytest
+from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import (
+    DirectOptions,
+    GoogleCloudOptions,
+    StandardOptions,
+    WorkerOptions,
+)
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.runner import create_runner
+
+from pipeline import runners
+from pipeline.command import InputError
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--runner=DirectRunner"], ["--runner", "directrunner"], ["--runner=direct"]],
+    ids=lambda arguments: " ".join(arguments) or "none",
+)
+def test_direct_runner_is_the_one_in_the_process(arguments):
+    runner = runners.beam_options(arguments).view_as(StandardOptions).runner
+    assert isinstance(create_runner(runner), FnApiRunner)
+
+
+@pytest.mark.parametrize("name", ["PrismRunner", "DataflowRunner", "FlinkRunner"])
+def test_other_runners_are_left_as_they_are(name):
+    assert runners.beam_options([f"--runner={name}"]).view_as(StandardOptions).runner == name
+
+
+def test_options_reach_beam():
+    options = runners.beam_options(
+        ["--direct_num_workers", "3", "--project=p", "--max_num_workers=9", "--streaming"]
+    )
+    assert options.view_as(DirectOptions).direct_num_workers == 3
+    assert options.view_as(GoogleCloudOptions).project == "p"
+    assert options.view_as(WorkerOptions).max_num_workers == 9
+    assert options.view_as(StandardOptions).streaming is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no_such_flag"], "unknown flag --no_such_flag: neither this command's nor a Beam"),
+        (["--no_such_flag=3", "--other"], "unknown flag --no_such_flag=3"),
+        (["stray"], "unknown flag stray"),
+        (["--direct_num_worker=2"], "unknown flag --direct_num_worker=2"),  # no abbreviation
+        (["--direct_num_workers=two"], "argument --direct_num_workers: invalid int value: 'two'"),
+        (["--direct_num_workers"], "argument --direct_num_workers: expected one argument"),
+        (["--direct_running_mode=fast"], "argument --direct_running_mode: invalid choice: 'fast'"),
+    ],
+)
+def test_options_that_beam_does_not_take(arguments, message):
+    with pytest.raises(InputError) as caught:
+        runners.beam_options(arguments)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--runner=NoSuchRunner", "Unexpected pipeline runner: NoSuchRunner"),
+        ("--runner=no_such_module.Runner", "No module named 'no_such_module'"),
+        ("--runner=os.path.NoSuchRunner", "no attribute 'NoSuchRunner'"),
+        ("--type_check_additional=nothing", "Unrecognized --type_check_additional feature"),
+    ],
+)
+def test_options_that_the_runner_refuses(argument, message):
+    with pytest.raises(InputError, match="Beam refuses its options: ") as caught:
+        runners.run(runners.beam_options([argument]), lambda _: pytest.fail("was built"))
+    assert message in str(caught.value)
+
+
+def run(function, *arguments):
+    return runners.run(
+        runners.beam_options(arguments),
+        lambda root: root | beam.Create([1, 2, 3]) | beam.Map(function),
+    )
+
+
+def test_counters():
+    def counted(n):
+        Metrics.counter("any", "rows").inc()
+        Metrics.counter("any", "sum").inc(n)
+
+    assert run(counted) == {"rows": 3, "sum": 6}
+    assert run(lambda n: n) == {}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "/data/x.gz: cannot be read: 'what' [1]",
+        "shard 7: label 12, expected 0 to 9 (see: the InputError above)",
+        "some/file: 2 x 3 = 6",
+        "één [with brackets] and {braces}",
+    ],
+)
+def test_input_error_on_a_worker_stays_one(message):
+    def fail(n):
+        if n == 2:
+            raise InputError(message)
+
+    with pytest.raises(InputError) as caught:
+        run(fail)
+    assert str(caught.value) == message
+
+
+def test_input_error_of_another_thread_or_process_stays_one():
+    def fail(_):
+        raise InputError("a/b: 'quoted' text")
+
+    with pytest.raises(InputError) as caught:
+        run(fail, "--direct_running_mode=multi_threading", "--direct_num_workers=2")
+    assert str(caught.value) == "a/b: 'quoted' text"
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError])
+def test_other_errors_stay_failures_of_the_job(error):
+    def fail(_):
+        raise error("broken")
+
+    with pytest.raises(Exception, match="broken") as caught:
+        run(fail)
+    assert not isinstance(caught.value, InputError)
+
+
+def test_pipeline_that_does_not_end_well(monkeypatch):
+    class Result:
+        def wait_until_finish(self):
+            return "CANCELLED"
+
+    monkeypatch.setattr(beam.Pipeline, "run", lambda self: Result())
+    with pytest.raises(RuntimeError, match="the pipeline ended as CANCELLED"):
+        run(lambda n: n)

@@ -1,0 +1,315 @@
+import contextlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+from pipeline import storage
+from pipeline.command import InputError, LockedError
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# Flags
+
+
+@pytest.mark.parametrize("text", ["a", "a/b", "/tmp/x", ".", "a b"])
+def test_folder(text):
+    assert storage.folder(text) == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a folder, got an empty name"),
+        ("gs://bucket/path", "gs://bucket/path: expected a local folder"),
+        ("s3://bucket/path", "expected a local folder"),
+        ("x" * 300, "cannot be used: File name too long"),
+    ],
+    ids=["empty", "gs", "s3", "too long"],
+)
+def test_folder_refuses(text, message):
+    with pytest.raises(InputError) as caught:
+        storage.folder(text)
+    assert message in str(caught.value)
+
+
+# One file
+
+
+@pytest.mark.parametrize("data", [b"\x00\xff", "één\n", b"", ""], ids=repr)
+def test_write_atomic(tmp_path, data):
+    path = tmp_path / "new" / "folder" / "file"
+    storage.write_atomic(path, b"before, and longer")
+    storage.write_atomic(path, data)
+    assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "fdopen"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(os, broken, fail)
+        storage.write_atomic(path, b"after")
+    assert helpers.tree(tmp_path) == {"file": b"before"}
+
+
+def test_readers_of_a_replaced_file_keep_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    storage.write_atomic(path, b"before")
+    with path.open("rb") as file:
+        storage.write_atomic(path, b"after")
+        assert file.read() == b"before"
+
+
+def test_write_over_a_folder(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError):
+        storage.write_atomic(tmp_path / "file", b"x")
+    assert names(tmp_path) == ["file"]
+
+
+# A folder, whole or not at all
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_published_whole(tmp_path, exists):
+    final = tmp_path / "a" / "final"
+    if exists:
+        final.mkdir(parents=True)
+    with storage.published_whole(final) as staging:
+        (staging / "file").write_bytes(b"1")
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_bytes(b"2")
+        assert not (final / "file").exists()
+        assert staging.parent == final.parent  # so that a rename is all there is to do
+    assert helpers.tree(final) == {"file": b"1", "sub/file": b"2"}
+    assert names(tmp_path / "a") == ["final"]
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing(tmp_path, exists, error):
+    final = tmp_path / "final"
+    if exists:
+        final.mkdir()
+    with pytest.raises(error), storage.published_whole(final) as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_bytes(b"half")
+        raise error
+    assert names(tmp_path) == (["final"] if exists else [])
+    assert helpers.tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("occupied", ["file", "folder", "link"])
+def test_what_is_there_is_never_replaced(tmp_path, occupied):
+    final = tmp_path / "final"
+    if occupied == "file":
+        final.write_bytes(b"mine")
+    elif occupied == "folder":
+        (final / ".hidden").mkdir(parents=True)
+    else:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "file").write_bytes(b"mine")
+        final.symlink_to("other")
+    before = (names(tmp_path), helpers.tree(tmp_path))
+    with (
+        pytest.raises(InputError, match="final: already holds files; expected a new or empty"),
+        storage.published_whole(final),
+    ):
+        pytest.fail("entered")
+    assert (names(tmp_path), helpers.tree(tmp_path)) == before
+
+
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_publishing_through_a_link(tmp_path, target_exists):
+    if target_exists:
+        (tmp_path / "disk" / "target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/target")
+    with storage.published_whole(tmp_path / "link") as staging:
+        (staging / "file").write_bytes(b"1")
+    assert helpers.tree(tmp_path / "disk" / "target") == {"file": b"1"}
+    assert (tmp_path / "link").is_symlink()
+    assert (names(tmp_path), names(tmp_path / "disk")) == (["disk", "link"], ["target"])
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_current_folder_is_refused_before_any_work(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with (
+        pytest.raises(InputError, match="cannot be replaced as a whole; expected a folder inside"),
+        storage.published_whole(Path(name)),
+    ):
+        pytest.fail("entered")
+    assert names(tmp_path) == ["here"]
+
+
+def test_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
+    with (
+        pytest.raises(InputError, match="volume: a mount point or"),
+        storage.published_whole(tmp_path / "volume"),
+    ):
+        pytest.fail("entered")
+    with storage.published_whole(tmp_path / "volume" / "inside"):
+        pass
+    assert names(tmp_path / "volume") == ["inside"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_bytes(b"mine")
+    leftover = tmp_path / ".final.incomplete"
+    (leftover / "sub").mkdir(parents=True)
+    (leftover / "sub" / "old").write_bytes(b"old")
+    (leftover / ".old").write_bytes(b"old")
+    (leftover / ".lock").touch()
+    (leftover / "link").symlink_to(tmp_path / "mine")
+    with storage.published_whole(tmp_path / "final") as staging:
+        assert names(staging) == [".lock"]
+        (staging / "new").write_bytes(b"new")
+    assert helpers.tree(tmp_path) == {"final/new": b"new", "mine/file": b"mine"}
+    assert names(tmp_path) == ["final", "mine"]
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    final = tmp_path / "final"
+    with storage.published_whole(final) as staging:
+        (staging / "file").write_bytes(b"first")
+        with pytest.raises(LockedError) as caught, storage.published_whole(final):
+            pytest.fail("entered")
+        assert caught.value.exit_code == 75
+        assert (staging / "file").read_bytes() == b"first"
+    assert helpers.tree(tmp_path) == {"final/file": b"first"}
+
+
+def test_folder_published_by_another_just_before_the_lock(tmp_path, monkeypatch):
+    final = tmp_path / "final"
+    locked = storage.locked
+
+    @contextlib.contextmanager
+    def late(directory):
+        final.mkdir()
+        (final / "file").write_bytes(b"theirs")
+        with locked(directory) as descriptor:
+            yield descriptor
+
+    monkeypatch.setattr(storage, "locked", late)
+    with pytest.raises(InputError, match="already holds files"), storage.published_whole(final):
+        pytest.fail("entered")
+    assert helpers.tree(tmp_path) == {"final/file": b"theirs"}
+    assert names(tmp_path) == ["final"]
+
+
+def test_lock_is_held_until_the_folder_stands(tmp_path, monkeypatch):
+    final = tmp_path / "final"
+    rename = Path.rename
+    refused = []
+
+    def while_renaming(self, target):
+        try:
+            with storage.locked(self):
+                pass
+        except LockedError:
+            refused.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", while_renaming)
+    with storage.published_whole(final):
+        pass
+    assert refused == [".final.incomplete"] and names(final) == []
+
+
+@pytest.mark.parametrize("final", ["file/x", "file/x/y", "y" * 250], ids=["x", "y", "long"])
+def test_folder_that_cannot_be_made(tmp_path, final):
+    (tmp_path / "file").write_bytes(b"mine")
+    with (
+        pytest.raises(InputError, match="cannot be used: (Not a directory|File name too long)"),
+        storage.published_whole(tmp_path / final),
+    ):
+        pytest.fail("entered")
+    assert helpers.tree(tmp_path) == {"file": b"mine"} and names(tmp_path) == ["file"]
+
+
+# Locks
+
+
+def test_lock(tmp_path):
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        with storage.locked(folder):
+            with pytest.raises(LockedError, match="b: another process is at work here"):
+                storage.locked(folder).__enter__()
+            with storage.locked(tmp_path):  # another folder
+                pass
+    with pytest.raises(ValueError), storage.locked(folder):
+        raise ValueError
+    with storage.locked(folder):
+        pass
+
+
+def test_lock_is_held_by_a_child_until_it_is_killed(tmp_path):
+    with storage.locked(tmp_path) as descriptor:
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor]
+        )
+    try:
+        with pytest.raises(LockedError):
+            storage.locked(tmp_path).__enter__()
+    finally:
+        child.kill()
+        child.communicate()
+    with storage.locked(tmp_path):
+        pass
+
+
+def test_lock_of_a_folder_that_was_removed_as_it_was_taken(tmp_path, monkeypatch):
+    flock = storage.fcntl.flock
+
+    def late(descriptor, operation):
+        (tmp_path / ".lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(storage.fcntl, "flock", late)
+    with pytest.raises(LockedError), storage.locked(tmp_path):
+        pytest.fail("entered")
+
+
+# Small verbs
+
+
+def test_remove(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (tmp_path / "link").symlink_to("kept")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    for name in ("link", "file", "folder", "nothing"):
+        storage.remove(tmp_path / name)
+    assert names(tmp_path) == ["kept"] and names(tmp_path / "kept") == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("none", False), ("empty", False), ("file", True), ("full", True)]
+)
+def test_require_absent(tmp_path, name, refused):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "sub").mkdir(parents=True)
+    with pytest.raises(InputError) if refused else contextlib.nullcontext():
+        storage.require_absent(tmp_path / name)

@@ -191,8 +191,8 @@ def execute(config: PreprocessConfig) -> int:
         config.validation_size,
         config.validation_fraction,
     )
-    log.info("reading %s", source.describe()["title"])
     with storage.published_whole(config.output_dir) as staging:
+        log.info("reading %s", source.describe()["title"])
         counters = runners.run(
             runners.beam_options(config.beam_arguments),
             lambda root: build(root, source, splitter, config.num_shards, staging),

@@ -202,8 +202,8 @@ def test_what_is_shown():
 
 @pytest.mark.parametrize(
     ("verbosity", "shown", "hidden"),
-    [(1, "chatter of apache_beam.some", "nothing"), (-1, "WARNING: our warning", "our line\n")],
-    ids=["debug", "warnings"],
+    [(1, "chatter of apache_beam.some", "nothing"), (-2, "ERROR: a real failure", "our line\n")],
+    ids=["debug", "errors"],
 )
 def test_verbosity(verbosity, shown, hidden):
     done = helpers.run_python("-c", LOGGING, f"--verbosity={verbosity}")

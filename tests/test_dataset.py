@@ -381,7 +381,7 @@ def test_text_that_is_no_manifest(text):
 
 def test_other_version_says_what_to_do():
     raw = json.loads(dataset.manifest_json(manifest())) | {"format_version": 2}
-    with pytest.raises(InputError, match="is 2, expected 1; run .* again"):
+    with pytest.raises(InputError, match=r"is 2, expected 1; run .* again"):
         dataset.parse_manifest(json.dumps(raw), "m.json")
 
 

@@ -384,6 +384,7 @@ def test_open_run_takes_the_same_run_again(small_dataset, tmp_path):
 def test_open_run_refuses_another_run(small_dataset, tmp_path, changed, message):
     manifest = load_manifest(small_dataset)
     loop.open_run(tmp_path, PRESETS["core"], mirrored("GPU:0"), manifest)
+    changed = dict(changed)
     devices = changed.pop("devices", ["GPU:0"])
     other = dataclasses.replace(manifest, dataset_id=changed.pop("dataset_id", manifest.dataset_id))
     config = dataclasses.replace(PRESETS["core"], **changed)

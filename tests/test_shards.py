@@ -64,7 +64,7 @@ def test_records_stand_in_the_order_of_their_ids(tmp_path):
         expected = sorted((names[i], i % 10) for i in range(20) if i % 3 == code)
         assert read(tmp_path, written)[split] == expected
         assert written.shards[split].file == f"{split}-00002-of-00007.tfrecord"
-    assert written.labels["test"] == {label: 1 for label in (2, 5, 8, 1, 4, 7)}
+    assert written.labels["test"] == dict.fromkeys((2, 5, 8, 1, 4, 7), 1)
     assert (written.index, written.images, written.copies) == (2, 0, 0)
 
 
@@ -143,9 +143,11 @@ DUPLICATES = {
     "twice in test": ([("test", 1, A), ("test", 1, A)], (1, 1, 0, 0)),
     "leak with conflict": ([("train", 1, A), ("test", 2, A)], (1, 1, 1, 1)),
     "several": (
-        [("train", 1, A), ("test", 1, A), ("train", 4, A)]  # leaked, conflicting
-        + [("train", 1, B), ("train", 1, B), ("validation", 1, B)]
-        + [("test", 9, C)],
+        [
+            *(("train", 1, A), ("test", 1, A), ("train", 4, A)),  # leaked, conflicting
+            *(("train", 1, B), ("train", 1, B), ("validation", 1, B)),
+            ("test", 9, C),
+        ],
         (2, 4, 1, 1),
     ),
 }

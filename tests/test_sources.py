@@ -195,11 +195,11 @@ BAD_FILES = {
     "huge": (
         "train-images-idx3-ubyte",
         header(2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(9),
-        f"9 bytes of data, its header says 4294967295 x 4294967295 x 4294967295 = {(2**32 - 1) ** 3}",
+        f"9 bytes of data, its header says {' x '.join(['4294967295'] * 3)} = {(2**32 - 1) ** 3}",
     ),
     "fewer labels": ("train-labels-idx1-ubyte", header(2) + b"\0\1", "2 labels for the 25 images"),
     "32x32": ("train-images-idx3-ubyte", header(1, 32, 32) + bytes(1024), "32x32, expected 28x28"),
-    "a row a image": ("train-images-idx3-ubyte", header(25, 784, 1) + IMAGES[16:], "are 784x1"),
+    "an image a row": ("train-images-idx3-ubyte", header(25, 784, 1) + IMAGES[16:], "are 784x1"),
 }
 
 
@@ -457,7 +457,7 @@ def test_tfds_that_is_not_there(library, name):
 
 
 def test_tfds_that_cannot_be_downloaded(library):
-    with pytest.raises(InputError, match="cannot be prepared: storage.* cannot be reached$"):
+    with pytest.raises(InputError, match=r"cannot be prepared: storage.* cannot be reached$"):
         open_source("tfds:mnist")
 
 

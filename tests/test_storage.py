@@ -239,7 +239,7 @@ def test_lock_is_held_until_the_folder_stands(tmp_path, monkeypatch):
 def test_folder_that_cannot_be_made(tmp_path, final):
     (tmp_path / "file").write_bytes(b"mine")
     with (
-        pytest.raises(InputError, match="cannot be used: (Not a directory|File name too long)"),
+        pytest.raises(InputError, match=r"cannot be used: (Not a directory|File name too long)"),
         storage.published_whole(tmp_path / final),
     ):
         pytest.fail("entered")

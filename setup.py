@@ -36,6 +36,7 @@ setup(
         "tensorflow",
         "tensorflow-datasets",
         "tqdm",  # progress bars
+        "zstandard",  # packs images as they cross a shuffle
     ],
     extras_require=EXTRAS,
     entry_points={

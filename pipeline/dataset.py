@@ -17,10 +17,13 @@ and a worker need not spend seconds importing TensorFlow. The tests hold it agai
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import struct
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +31,10 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
+from pipeline import command, storage
 from pipeline.command import InputError
 
+PROG = "pipeline.dataset"
 FORMAT_VERSION = 1
 IMAGE_SHAPE = (28, 28, 1)
 NUM_PIXELS = 784
@@ -37,11 +42,19 @@ MAX_CLASSES = 256
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
+QUARANTINE_NAME = "quarantine"
+COMPRESSIONS = {"none": "", "gzip": ".gz"}
+MAX_RECORD_BYTES = 4096
 ID_LENGTH = 32
 
 # The only way this project scales a pixel: a table look-up is exact wherever it runs, while a
 # division inside a compiled graph becomes a product, off by one bit for half of the values.
 SCALE_TABLE = np.arange(256, dtype=np.float32) / np.float32(255)
+
+
+def unscale(images: np.ndarray) -> np.ndarray:
+    """Gives back the bytes of scaled pixels: exact, as rounding is far coarser than float32."""
+    return np.rint(images * np.float32(255)).astype(np.uint8)
 
 
 # Identity
@@ -56,7 +69,13 @@ def image_ids(pixels: np.ndarray) -> list[str]:
     Returns:
         n strings of 32 hexadecimal digits: the first half of the SHA-256 of the 784 bytes.
     """
-    return [hashlib.sha256(row.tobytes()).hexdigest()[:ID_LENGTH] for row in pixels]
+    return [digest.tobytes().hex() for digest in image_digests(pixels)]
+
+
+def image_digests(pixels: np.ndarray) -> np.ndarray:
+    """The same as bytes: uint8 [n, 784] -> uint8 [n, 16]."""
+    digests = [hashlib.sha256(row.tobytes()).digest()[: ID_LENGTH // 2] for row in pixels]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ID_LENGTH // 2)
 
 
 def id_bits(image_id: str, first: int, count: int) -> int:
@@ -66,6 +85,13 @@ def id_bits(image_id: str, first: int, count: int) -> int:
     0-31 validation or train, 32-63 the test part of a source without one, 64-127 the shard.
     """
     return (int(image_id[:ID_LENGTH], 16) >> (128 - first - count)) & ((1 << count) - 1)
+
+
+def digest_bits(digests: np.ndarray, first: int, count: int) -> np.ndarray:
+    """`id_bits` of many: uint8 [n, 16] -> uint64 [n]; `first` and `count` in whole bytes."""
+    chosen = np.zeros((len(digests), 8), np.uint8)
+    chosen[:, 8 - count // 8 :] = digests[:, first // 8 : (first + count) // 8]
+    return chosen.view(">u8")[:, 0].astype(np.uint64)
 
 
 # Records: the protocol-buffer encoding of tf.train.Example
@@ -186,6 +212,38 @@ def frame(record: bytes) -> bytes:
     )
 
 
+def encode_frames(pixels: np.ndarray, labels: np.ndarray, ids: Sequence[str]) -> bytes:
+    """``frame(encode_record(...))`` of many rows, joined.
+
+    Records of ids of one length and labels below 128 have one layout: they are made at once,
+    by filling a table with the encoding of an empty record and overwriting what differs.
+
+    Args:
+        pixels: uint8 [n, 784].
+        labels: integers [n], below 256.
+        ids: n ASCII strings.
+    """
+    if not len(ids) or len(set(map(len, ids))) > 1 or max(labels) > 0x7F:
+        rows = zip(pixels, labels.tolist(), ids, strict=True)
+        return b"".join(
+            frame(encode_record(row.tobytes(), label, name)) for row, label, name in rows
+        )
+    width = len(ids[0])
+    empty = encode_record(bytes(NUM_PIXELS), 0, "-" * width)
+    size = len(empty)
+    table = np.empty((len(ids), size + 16), np.uint8)
+    table[:, :-4] = np.frombuffer(frame(empty)[:-4], np.uint8)
+    records = table[:, 12 : 12 + size]
+    at = empty.index(b"-" * width)
+    records[:, at : at + width] = np.frombuffer("".join(ids).encode(), np.uint8).reshape(-1, width)
+    at = empty.index(bytes(4 * NUM_PIXELS))
+    records[:, at : at + 4 * NUM_PIXELS] = SCALE_TABLE[pixels].astype("<f4").view(np.uint8)
+    records[:, -1] = labels
+    checks = [_masked_crc(record.tobytes()) for record in records]
+    table[:, -4:] = np.array(checks, "<u4")[:, None].view(np.uint8)
+    return table.tobytes()
+
+
 def read_frames(data: bytes, name: str) -> Iterator[bytes]:
     """Yields the records of a TFRecord file's content.
 
@@ -212,7 +270,11 @@ def read_frames(data: bytes, name: str) -> Iterator[bytes]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file: its name in the dataset's folder, records, size in bytes, SHA-256 in hex."""
+    """One file: its name in the dataset's folder, records, size in bytes, checksum.
+
+    The checksum is the SHA-256 of the content, uncompressed, in hex: what gzip makes of equal
+    content depends on the machine.
+    """
 
     file: str
     num_examples: int
@@ -258,13 +320,14 @@ class Manifest:
 
 def dataset_id(shards: Iterable[Shard], class_names: Sequence[str]) -> str:
     """Hashes what a dataset holds: 32 hex digits over checksums, class names and format."""
-    content = [FORMAT_VERSION, list(class_names), [[s.file, s.sha256] for s in shards]]
+    files = [[shard.file.removesuffix(".gz"), shard.sha256] for shard in shards]
+    content = [FORMAT_VERSION, list(class_names), files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:ID_LENGTH]
 
 
-def shard_name(split: str, index: int, num_shards: int) -> str:
-    """The file name of one shard: ``train-00003-of-00008.tfrecord``."""
-    return f"{split}-{index:05d}-of-{num_shards:05d}.tfrecord"
+def shard_name(split: str, index: int, num_shards: int, compression: str = "none") -> str:
+    """The file name of one shard: ``train-00003-of-00008.tfrecord``, with ``.gz`` if it is."""
+    return f"{split}-{index:05d}-of-{num_shards:05d}.tfrecord{COMPRESSIONS[compression]}"
 
 
 def manifest_json(manifest: Manifest) -> str:
@@ -354,7 +417,7 @@ def load_manifest(directory: Path) -> Manifest:
 
 
 def read_shard(directory: Path, shard: Shard) -> bytes:
-    """Reads a shard file and checks it against the manifest.
+    """Reads a shard file, uncompressed, and checks it against the manifest.
 
     Raises:
         InputError: the file is missing, or its size or checksum differs.
@@ -366,9 +429,23 @@ def read_shard(directory: Path, shard: Shard) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) != shard.bytes:
         raise InputError(f"{path}: has {len(data)} bytes, the manifest says {shard.bytes}")
+    if path.suffix == ".gz":
+        data = _uncompress(data, path, shard.num_examples * MAX_RECORD_BYTES)
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise InputError(f"{path}: its checksum differs from the manifest's")
     return data
+
+
+def _uncompress(data: bytes, path: Path, limit: int) -> bytes:
+    """Uncompresses a gzip file that may not grow beyond a limit."""
+    reader = zlib.decompressobj(wbits=31)
+    try:
+        content = reader.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise InputError(f"{path}: not a gzip file: {error}") from None
+    if len(content) > limit or not reader.eof:
+        raise InputError(f"{path}: cut short, or larger than its records can be")
+    return content
 
 
 def read_records(directory: Path, shard: Shard) -> list[Record]:
@@ -387,3 +464,56 @@ def read_records(directory: Path, shard: Shard) -> list[Record]:
     if len(records) != shard.num_examples:
         raise InputError(f"{path}: {len(records)} records, the manifest says {shard.num_examples}")
     return records
+
+
+# The command
+
+
+def parse(argv: list[str]) -> tuple[str, list[Path]]:
+    """Parses the command line: the action, and the datasets it is about."""
+    parser = command.Parser(PROG, __doc__)
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=argparse.ArgumentParser
+    )
+    for name, operands, text in (
+        ("verify", 1, "check everything the manifest states"),
+        ("describe", 1, "print splits, classes and statistics"),
+        ("diff", 2, "print what changed from one dataset to another"),
+    ):
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action.error = parser.error
+        action.add_argument("dirs", nargs=operands, metavar="DIR")
+    flags = parser.parse_args(argv)
+    return flags.action, [storage.folder(name) for name in flags.dirs]
+
+
+def execute(request: tuple[str, list[Path]]) -> int:
+    """Runs the command; a dataset that is not what its manifest states is wrong input."""
+    from pipeline import inspection
+
+    action, directories = request
+    if action != "verify":
+        print(
+            inspection.describe(*directories)
+            if action == "describe"
+            else inspection.diff(*directories)
+        )
+        return command.DONE
+    problems = inspection.verify(*directories)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return command.BAD_INPUT
+    manifest = load_manifest(directories[0])
+    total = sum(split.num_examples for split in manifest.splits.values())
+    print(f"{directories[0]}: {total:,} records, all as the manifest states")
+    return command.DONE
+
+
+def main() -> None:
+    """The command."""
+    command.run(PROG, parse, execute)
+
+
+if __name__ == "__main__":
+    main()

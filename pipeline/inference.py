@@ -15,7 +15,7 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline import command
 from pipeline.command import InputError
-from pipeline.dataset import IMAGE_SHAPE, Shard, read_records
+from pipeline.dataset import IMAGE_SHAPE, Shard, read_records, unscale
 from pipeline.metrics import Counts, count, zero_counts
 
 if TYPE_CHECKING:
@@ -48,11 +48,6 @@ def read_blocks(shard: Shard, directory: str) -> Iterator[RecordBlock]:
             labels=np.array([row.label for row in rows], np.int64),
             ids=[row.id for row in rows],
         )
-
-
-def unscale(images: np.ndarray) -> np.ndarray:
-    """Gives back the bytes of scaled pixels: exact, as rounding is far coarser than float32."""
-    return np.rint(images * np.float32(255)).astype(np.uint8)
 
 
 def load_description(model_dir: Path) -> dict[str, Any]:

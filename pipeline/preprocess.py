@@ -8,82 +8,138 @@ The same images and options give the same bytes, on every runner and with any nu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import command, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import (
+    COMPRESSIONS,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MAX_CLASSES,
     METRICS_NAME,
     SPLITS,
     Manifest,
     load_manifest,
     manifest_json,
 )
-from pipeline.sources import SYNTAX, Source, open_source
+from pipeline.sources import SYNTAX, Source, open_sources
 
 if TYPE_CHECKING:
     import apache_beam as beam
 
-    from pipeline.shards import WrittenShards
+    from pipeline.shards import ShardOptions, WrittenShards
     from pipeline.transforms import Splitter
 
 PROG = "pipeline.preprocess"
 MAX_SHARDS = 99_999  # five digits in a file's name
+PROGRESS_SECONDS = 10.0
+# The flags that say what the dataset is to be.
+DATASET_FLAGS = (
+    "num_shards",
+    "compression",
+    "split_by",
+    "validation_size",
+    "validation_fraction",
+    "num_classes",
+    "resize",
+    "drop_leaks",
+    "max_quarantined",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """The flags of this stage. None: as the source has it."""
+    """The flags of this stage. None: as the source has it.
 
-    source: str
+    Attributes:
+        max_quarantined: the largest share of all rows that may be set aside.
+        overwrite: whether another dataset in the folder is replaced.
+    """
+
+    sources: tuple[str, ...]
     output_dir: Path
     num_shards: int = 8
+    compression: str = "none"
     split_by: str | None = None
     validation_size: int | None = None
     validation_fraction: float | None = None
+    num_classes: int | None = None
+    resize: bool = False
+    drop_leaks: bool = False
+    max_quarantined: float = 0.01
+    overwrite: bool = False
     beam_arguments: tuple[str, ...] = ()
 
 
 def add_flags(parser: argparse._ActionsContainer) -> None:
     """Adds the flags that say what the dataset is to be, which the whole chain takes as well."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--num_shards",
         type=command.positive_int,
         default=8,
         metavar="N",
         help="files in each split (default: %(default)s)",
     )
-    parser.add_argument(
+    add("--compression", choices=tuple(COMPRESSIONS), default="none", help="of the shards")
+    add(
         "--split_by",
         choices=("positional", "hash"),
         help="how validation is set apart from train (default: the source's way)",
     )
-    parser.add_argument(
+    add(
         "--validation_size",
         type=int,
         metavar="N",
         help="rows of train, from its start, that become validation (positional)",
     )
-    parser.add_argument(
+    add(
         "--validation_fraction",
         type=command.fraction,
         metavar="F",
         help="share of train that becomes validation (hash; default: 1/6)",
+    )
+    add(
+        "--num_classes",
+        type=int,
+        metavar="N",
+        help="of idx: sources; a label of N or more is then set aside",
+    )
+    add("--resize", action="store_true", help="resize images: of other sizes to 28x28")
+    add(
+        "--drop_leaks",
+        action="store_true",
+        help="leave out of train and validation what also stands in test",
+    )
+    add(
+        "--max_quarantined",
+        type=command.fraction,
+        default=0.01,
+        metavar="F",
+        help="fail if more than this share of all rows is unusable (default: %(default)s)",
     )
 
 
 def parse(argv: list[str]) -> PreprocessConfig:
     """Parses the command line."""
     parser = command.Parser(PROG, __doc__)
-    parser.add_argument("--source", required=True, metavar="SRC", help=SYNTAX)
+    parser.add_argument(
+        "--source",
+        required=True,
+        action="append",
+        metavar="SRC",
+        help=f"{SYNTAX}; several are joined",
+    )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the dataset's folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     add_flags(parser)
     flags, rest = parser.parse_known_args(argv)
     if rest:  # checked now, so that a bad flag is told before anything is read
@@ -107,22 +163,30 @@ def config_from(
         raise InputError(f"--num_shards {flags.num_shards}: expected at most {MAX_SHARDS}")
     if flags.validation_size is not None and flags.validation_size < 0:
         raise InputError(f"--validation_size {flags.validation_size}: expected at least 0")
+    if flags.num_classes is not None and not 2 <= flags.num_classes <= MAX_CLASSES:
+        raise InputError(f"--num_classes {flags.num_classes}: expected 2 to {MAX_CLASSES}")
     return PreprocessConfig(
-        source=flags.source,
+        sources=tuple(flags.source),
         output_dir=output_dir,
-        num_shards=flags.num_shards,
-        split_by=flags.split_by,
-        validation_size=flags.validation_size,
-        validation_fraction=flags.validation_fraction,
+        overwrite=getattr(flags, "overwrite", False),
         beam_arguments=beam_arguments,
+        **{name: getattr(flags, name) for name in DATASET_FLAGS},
     )
 
 
 def dataset_arguments(config: PreprocessConfig) -> list[str]:
     """The flags of `add_flags` that make this config again."""
-    names = ("num_shards", "split_by", "validation_size", "validation_fraction")
-    given = {name: getattr(config, name) for name in names}
-    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+    given = {name: getattr(config, name) for name in DATASET_FLAGS}
+    switches = [f"--{name}" for name, value in given.items() if value is True]
+    valued = [
+        f"--{name}={value}" for name, value in given.items() if value not in (None, True, False)
+    ]
+    return switches + valued
+
+
+def open_sources_of(config: PreprocessConfig) -> Source:
+    """Opens the sources as the flags say."""
+    return open_sources(config.sources, num_classes=config.num_classes, resize=config.resize)
 
 
 def fingerprint(config: PreprocessConfig, source: Source) -> str:
@@ -135,74 +199,167 @@ def fingerprint(config: PreprocessConfig, source: Source) -> str:
         "validation_size": config.validation_size,
         "validation_fraction": config.validation_fraction,
         "num_shards": config.num_shards,
+        "compression": config.compression,
+        "drop_leaks": config.drop_leaks,
+        "class_names": source.class_names,
     }
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def build(
-    root: beam.Pipeline, source: Source, splitter: Splitter, num_shards: int, directory: Path
-) -> beam.PCollection:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the graph is built of.
+
+    Attributes:
+        source: what is read.
+        splitter: decides the split of each row.
+        options: how shards are written.
+        max_quarantined: the largest share of all rows that may be set aside.
+        directory: where the dataset is written.
+    """
+
+    source: Source
+    splitter: Splitter
+    options: ShardOptions
+    max_quarantined: float
+    directory: Path
+
+
+def build(root: beam.Pipeline, job: Job) -> beam.PCollection:
     """The graph of this stage."""
     import apache_beam as beam
+    from apache_beam.pvalue import AsSingleton
 
-    from pipeline.transforms import ReadRows, WriteShards
+    from pipeline.transforms import CountRows, ReadRows, Validate, WriteQuarantine, WriteShards
 
+    rows = root | "ReadRows" >> ReadRows(job.source)  # RawRows
+    good, bad = rows | "Validate" >> Validate(len(job.source.class_names))
+    num_read = rows | "CountRows" >> CountRows()  # int
+    by_reason = bad | "WriteQuarantine" >> WriteQuarantine(job.directory)  # {reason: count}
     return (
-        root
-        | "ReadRows" >> ReadRows(source)  # RawRows
-        | "WriteShards" >> WriteShards(splitter, num_shards, directory)  # WrittenShards
+        good
+        | "WriteShards" >> WriteShards(job.splitter, job.options, job.directory)  # WrittenShards
         | "Collect" >> beam.combiners.ToList()  # [WrittenShards]
-        | "WriteManifest" >> beam.Map(write_manifest, source, splitter.by, directory)
+        | "WriteManifest"
+        >> beam.Map(write_manifest, AsSingleton(num_read), AsSingleton(by_reason), job)
     )
 
 
 def write_manifest(
-    written: Sequence[WrittenShards], source: Source, split_by: str, directory: Path
+    written: Sequence[WrittenShards], num_read: int, quarantined: dict[str, int], job: Job
 ) -> None:
-    """Writes the manifest, after making sure that every row that was there was written.
+    """Writes the manifest, after making sure that every row that was read has its place.
 
     Raises:
+        InputError: too many rows were set aside.
         RuntimeError: rows were lost or written twice.
     """
     from pipeline.shards import make_manifest
 
-    manifest = make_manifest(written, source.describe(), split_by, source.class_names)
-    read = sum(source.part_sizes.values())
-    total = sum(split.num_examples for split in manifest.splits.values())
-    if total != read:
-        raise RuntimeError(f"{read} rows in the source, {total} written")
-    storage.write_atomic(directory / MANIFEST_NAME, manifest_json(manifest))
+    manifest = make_manifest(
+        written,
+        source=job.source.describe(),
+        split_by=job.splitter.by,
+        class_names=job.source.class_names,
+        quarantined=quarantined,
+    )
+    in_splits = sum(split.num_examples for split in manifest.splits.values())
+    set_aside = manifest.quarantined["count"]
+    expected = sum(job.source.part_sizes.values())
+    if not expected == num_read == in_splits + set_aside + manifest.dropped:
+        raise RuntimeError(
+            f"{expected} rows in the source, {num_read} read, {in_splits} written,"
+            f" {set_aside} quarantined, {manifest.dropped} dropped"
+        )
+    if set_aside > job.max_quarantined * num_read:
+        reasons = ", ".join(
+            f"{count} {why}" for why, count in manifest.quarantined["by_reason"].items()
+        )
+        raise InputError(
+            f"{set_aside} of {num_read} rows cannot be used ({reasons}), more than"
+            f" --max_quarantined {job.max_quarantined:g} allows"
+        )
+    storage.write_atomic(job.directory / MANIFEST_NAME, manifest_json(manifest))
 
 
 def execute(config: PreprocessConfig) -> int:
     """Runs the stage; does nothing where its result already stands."""
-    source = open_source(config.source)
+    source = open_sources_of(config)
     identity = fingerprint(config, source)
-    if (config.output_dir / MANIFEST_NAME).is_file():
-        _require_same(config.output_dir, identity)
+    if is_there(config, identity):
         log.info("%s: already there", config.output_dir)
         return command.DONE
 
-    from pipeline import runners, transforms
+    from pipeline import runners, shards, transforms
 
     splitter = transforms.make_splitter(
         config.split_by or source.default_split_by,
-        source.part_sizes["train"],
+        source,
         config.validation_size,
         config.validation_fraction,
     )
-    with storage.published_whole(config.output_dir) as staging:
+    with storage.published_whole(config.output_dir, replace=config.overwrite) as staging:
         log.info("reading %s", source.describe()["title"])
-        counters = runners.run(
-            runners.beam_options(config.beam_arguments),
-            lambda root: build(root, source, splitter, config.num_shards, staging),
+        job = Job(
+            source=source,
+            splitter=splitter,
+            options=shards.ShardOptions(
+                num_shards=config.num_shards,
+                compression=config.compression,
+                drop_leaks=config.drop_leaks,
+            ),
+            max_quarantined=config.max_quarantined,
+            directory=staging,
         )
+        with progress_lines(transforms.done_here):
+            metrics = runners.run(
+                runners.beam_options(config.beam_arguments), lambda root: build(root, job), transforms.NAMESPACE
+            )
         manifest = load_manifest(staging)
         _require_examples(manifest)
-        metrics = {"fingerprint": identity, "counters": dict(sorted(counters.items()))}
-        storage.write_atomic(staging / METRICS_NAME, json.dumps(metrics, indent=2) + "\n")
+        content = {"fingerprint": identity} | dataclasses.asdict(metrics)
+        storage.write_atomic(staging / METRICS_NAME, json.dumps(content, indent=2) + "\n")
     log.info("%s", summary(config.output_dir, manifest))
     return command.DONE
+
+
+@contextlib.contextmanager
+def progress_lines(done: dict[str, int]) -> Iterator[None]:
+    """Logs what has been read and written every `PROGRESS_SECONDS`, as a long run goes on."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            counts = dict(done)
+            read = sum(counts.get(f"read-{part}", 0) for part in ("train", "test"))
+            written = sum(counts.get(f"written-{split}", 0) for split in SPLITS)
+            log.info("%s rows read, %s written", f"{read:,}", f"{written:,}")
+
+    done.clear()
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def is_there(config: PreprocessConfig, identity: str) -> bool:
+    """Tells whether the very dataset stands in the folder already, whole.
+
+    Raises:
+        InputError: another one does, or one of another format, and it is not to be replaced.
+    """
+    if not (config.output_dir / MANIFEST_NAME).is_file():
+        return False
+    try:
+        _require_same(config.output_dir, identity)
+    except InputError:
+        if config.overwrite:
+            return False
+        raise
+    return True
 
 
 def _require_same(directory: Path, identity: str) -> None:
@@ -213,10 +370,12 @@ def _require_same(directory: Path, identity: str) -> None:
             path = directory / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise InputError(
-                    f"{path}: missing or not of {shard.bytes} bytes; remove the folder"
+                    f"{path}: missing or not of {shard.bytes} bytes; --overwrite makes it anew"
                 )
     if read_fingerprint(directory) != identity:
-        raise InputError(f"{directory}: holds another dataset; expected a new or empty folder")
+        raise InputError(
+            f"{directory}: holds another dataset; expected a new or empty folder, or --overwrite"
+        )
 
 
 def read_fingerprint(directory: Path) -> str | None:
@@ -235,11 +394,23 @@ def _require_examples(manifest: Manifest) -> None:
 
 
 def summary(directory: Path, manifest: Manifest) -> str:
-    """A line or two about a dataset, for the end of the stage."""
+    """A few lines about a dataset, for the end of the stage."""
     sizes = ", ".join(f"{manifest.splits[split].num_examples:,} {split}" for split in SPLITS)
-    lines = [f"{directory}: {sizes}; {manifest.num_classes} classes; dataset {manifest.dataset_id}"]
-    if leaked := manifest.duplicates["leaked"]:
-        lines.append(f"{leaked} images stand both in test and in train or validation")
+    files = [shard for split in manifest.splits.values() for shard in split.shards]
+    megabytes = sum(shard.bytes for shard in files) / 1e6
+    lines = [
+        f"{directory}: {sizes}; {manifest.num_classes} classes; {megabytes:.1f} MB in"
+        f" {len(files)} files; dataset {manifest.dataset_id}"
+    ]
+    for count, text in (
+        (manifest.quarantined["count"], "rows set aside, see quarantine/records.jsonl"),
+        (manifest.dropped, "rows left out of train and validation, as they stand in test"),
+        (manifest.flagged["blank"], "images are blank"),
+        (manifest.duplicates["conflicting"], "images occur with different labels"),
+        (manifest.duplicates["leaked"], "images stand both in test and in train or validation"),
+    ):
+        if count:
+            lines.append(f"{count:,} {text}")
     return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ class Version:
         dataset_id: what it was trained on.
         run_id: which run made it.
         accuracy: on the test split when it was promoted.
-        source: what the dataset was read from, as `pipeline.sources.open_source` takes it.
+        sources: what the dataset was read from, as `pipeline.sources.open_sources` takes it.
         rolled_back_from: the version it is a copy of, if any.
     """
 
@@ -118,7 +118,7 @@ class Version:
     dataset_id: str
     run_id: str
     accuracy: float
-    source: str
+    sources: list[str]
     rolled_back_from: int | None = None
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pipeline.command import InputError, log
 from pipeline.dataset import MANIFEST_NAME, load_manifest
 from pipeline.evaluate import REPORT_FILE
 from pipeline.preprocess import PreprocessConfig
-from pipeline.sources import SYNTAX, Source, open_source
+from pipeline.sources import SYNTAX, Source
 
 PROG = "pipeline.retrain"
 DECISION_FILE = "decision.json"
@@ -38,7 +39,6 @@ class RetrainConfig:
     """The flags of the chain; `trainer_arguments` are what it does not know itself."""
 
     root: Path
-    source: str
     preprocess: PreprocessConfig
     gate: registry.Gate
     trainer_arguments: tuple[str, ...]
@@ -48,7 +48,12 @@ def parse(argv: list[str]) -> RetrainConfig:
     """Parses the command line."""
     parser = command.Parser(PROG, __doc__)
     parser.add_argument("--root", required=True, metavar="DIR", help="where everything is kept")
-    parser.add_argument("--source", default="auto", metavar="SRC", help=f"{SYNTAX} (default: auto)")
+    parser.add_argument(
+        "--source",
+        action="append",
+        metavar="SRC",
+        help=f"{SYNTAX}; several are joined (default: auto)",
+    )
     parser.add_argument(
         "--min_accuracy",
         type=command.fraction,
@@ -68,9 +73,9 @@ def parse(argv: list[str]) -> RetrainConfig:
         "the training", "every other flag goes to trainer.task; see its --help"
     )
     flags, rest = parser.parse_known_args(argv)
+    flags.source = flags.source or ["auto"]
     return RetrainConfig(
         root=storage.folder(flags.root),
-        source=flags.source,
         preprocess=preprocess.config_from(flags, output_dir=Path(), beam_arguments=()),
         gate=registry.Gate(
             min_accuracy=flags.min_accuracy, min_class_accuracy=flags.min_class_accuracy
@@ -172,7 +177,7 @@ def _run_chain(
             *baseline,
         )
         decision = decide(
-            json.loads((report_dir / REPORT_FILE).read_text()), config.gate, run_id, source.spec
+            json.loads((report_dir / REPORT_FILE).read_text()), config.gate, run_id, source.specs
         )
         storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
     promoted = _carry_out(config.root, run_dir)
@@ -211,10 +216,12 @@ def ask_trainer(config: RetrainConfig) -> dict[str, Any]:
 def resolve_source(config: RetrainConfig) -> Source:
     """Opens the source; ``auto`` stays what it was for the champion of this root."""
     champion = registry.champion(config.root)
-    if config.source == "auto" and champion is not None:
-        log.info("source auto: %s, as for the champion (--source changes it)", champion.source)
-        return open_source(champion.source)
-    return open_source(config.source)
+    wanted = config.preprocess
+    if wanted.sources == ("auto",) and champion is not None:
+        names = " and ".join(champion.sources)
+        log.info("source auto: %s, as for the champion (--source changes it)", names)
+        wanted = dataclasses.replace(wanted, sources=tuple(champion.sources))
+    return preprocess.open_sources_of(wanted)
 
 
 def _preprocess(config: RetrainConfig, source: Source, stages: Stages) -> Path:
@@ -224,8 +231,7 @@ def _preprocess(config: RetrainConfig, source: Source, stages: Stages) -> Path:
     if not (dataset_dir / MANIFEST_NAME).is_file():
         stages.run(
             "pipeline.preprocess",
-            "--source",
-            source.spec,
+            *[f"--source={spec}" for spec in source.specs],
             "--output_dir",
             dataset_dir,
             *preprocess.dataset_arguments(config.preprocess),
@@ -240,7 +246,7 @@ def make_run_id(dataset_id: str, trainer_config: dict[str, Any]) -> str:
 
 
 def decide(
-    content: dict[str, Any], gate: registry.Gate, run_id: str, source: str
+    content: dict[str, Any], gate: registry.Gate, run_id: str, sources: Sequence[str]
 ) -> dict[str, Any]:
     """Puts a report before the gate; returns the content of ``decision.json``."""
     checks = registry.run_checks(content, gate)
@@ -253,7 +259,7 @@ def decide(
         "model_id": content["model_id"],
         "champion_model_id": content["baseline"] and content["baseline"]["model_id"],
         "dataset_id": content["dataset_id"],
-        "source": source,
+        "sources": list(sources),
     }
 
 
@@ -277,7 +283,7 @@ def _carry_out(root: Path, run_dir: Path) -> bool:
                 dataset_id=model["dataset_id"],
                 run_id=decision["run_id"],
                 accuracy=decision["accuracy"],
-                source=decision["source"],
+                sources=decision["sources"],
             ),
         )
     entry = {

@@ -5,6 +5,7 @@ Beam is imported here only where it is used, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 # Beam's own `DirectRunner` first tries Prism, a program it downloads; this is the runner that
 # runs in the process, and that Beam falls back to.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineMetrics:
+    """What a pipeline's steps counted: numbers, and distributions (count, sum, min, max)."""
+
+    counters: dict[str, int]
+    distributions: dict[str, dict[str, int]]
 
 
 def beam_options(arguments: Sequence[str]) -> PipelineOptions:
@@ -45,8 +54,10 @@ def beam_options(arguments: Sequence[str]) -> PipelineOptions:
     return options
 
 
-def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict[str, int]:
-    """Builds a pipeline, runs it to its end and returns its counters by name.
+def run(
+    options: PipelineOptions, build: Callable[[beam.Pipeline], Any], namespace: str
+) -> PipelineMetrics:
+    """Builds a pipeline, runs it to its end and returns what it counted in a namespace.
 
     Raises:
         InputError: there is no such runner, it refuses the options, or a worker met wrong input.
@@ -55,6 +66,7 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
         RuntimeError: anything else that failed.
     """
     import apache_beam as beam
+    from apache_beam.metrics.metric import MetricsFilter
     from apache_beam.runners.runner import PipelineState
 
     try:
@@ -73,6 +85,13 @@ def run(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> dict
         raise InputError(found[1]) from None
     if state != PipelineState.DONE:
         raise RuntimeError(f"the pipeline ended as {state}")
-    return {
-        counter.key.metric.name: counter.result for counter in result.metrics().query()["counters"]
-    }
+    found = result.metrics().query(MetricsFilter().with_namespace(namespace))
+    return PipelineMetrics(
+        counters=dict(sorted((entry.key.metric.name, entry.result) for entry in found["counters"])),
+        distributions={
+            entry.key.metric.name: {
+                name: getattr(entry.result, name) for name in ("count", "sum", "min", "max")
+            }
+            for entry in sorted(found["distributions"], key=lambda entry: entry.key.metric.name)
+        },
+    )

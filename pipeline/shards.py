@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,11 +20,29 @@ from pipeline.dataset import (
     Shard,
     Split,
     dataset_id,
-    encode_record,
-    frame,
+    encode_frames,
     shard_name,
 )
-from pipeline.storage import write_atomic
+from pipeline.storage import open_atomic
+
+ROWS_AT_ONCE = 1024
+NUM_EXAMPLES = 5  # ids that the manifest names of each kind of duplicate
+DUPLICATES = ("images", "copies", "conflicting", "leaked")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """How shards are written.
+
+    Attributes:
+        num_shards: files in each split.
+        compression: "none" or "gzip".
+        drop_leaks: whether images that stand in test are left out of train and validation.
+    """
+
+    num_shards: int = 8
+    compression: str = "none"
+    drop_leaks: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,115 +53,166 @@ class WrittenShards:
         index: the shard number.
         shards: of each split, its file.
         labels: of each split, records by label.
-        images: distinct images that occur more than once.
-        copies: records beyond the first of their image.
-        conflicting: distinct images that occur with different labels.
-        leaked: distinct images that occur both in test and in another split.
+        dropped: rows left out because they stand in test.
+        blank: records whose pixels are all equal.
+        duplicates: of each kind in `DUPLICATES`, how many: distinct images that occur more
+            than once, records beyond the first of their image, distinct images with different
+            labels, distinct images both in test and in another split.
+        examples: of each kind of image, its lowest ids, at most `NUM_EXAMPLES`.
     """
 
     index: int
     shards: dict[str, Shard]
     labels: dict[str, dict[int, int]]
-    images: int
-    copies: int
-    conflicting: int
-    leaked: int
+    dropped: int
+    blank: int
+    duplicates: dict[str, int]
+    examples: dict[str, list[str]]
 
 
 def order(rows: np.ndarray) -> np.ndarray:
     """Sorts rows by id, then label, then split: a total order, up to rows that are equal."""
-    return rows[np.lexsort((rows["split"], rows["label"], rows["id"]))]
+    keys = (rows["split"], rows["label"], rows["id"][:, 1], rows["id"][:, 0])
+    return rows[np.lexsort(keys)]
 
 
-def occurrence_numbers(ids: np.ndarray) -> np.ndarray:
-    """Numbers equal neighbours: ``[a, a, b, c, c, c] -> [0, 1, 0, 0, 1, 2]``; int64."""
-    positions = np.arange(len(ids))
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = ids[1:] != ids[:-1]
-    return positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+def group_starts(ids: np.ndarray) -> np.ndarray:
+    """Where each run of equal neighbours begins: bool [n].
+
+    Args:
+        ids: uint64 [n, 2].
+    """
+    starts = np.ones(len(ids), bool)
+    starts[1:] = (ids[1:] != ids[:-1]).any(axis=1)
+    return starts
 
 
-def record_id(name: bytes, occurrence: int) -> str:
-    """The id of the nth copy of an image: the name itself, then ``name-1``, ``name-2``, ..."""
-    return name.decode() + (f"-{occurrence}" if occurrence else "")
+def occurrence_numbers(starts: np.ndarray) -> np.ndarray:
+    """Numbers the members of each run: ``[T, F, T, T, F, F] -> [0, 1, 0, 0, 1, 2]``; int64."""
+    positions = np.arange(len(starts))
+    return positions - np.maximum.accumulate(np.where(starts, positions, 0))
 
 
-def write(rows: np.ndarray, index: int, num_shards: int, directory: Path) -> WrittenShards:
+def record_id(halves: np.ndarray, occurrence: int = 0) -> str:
+    """The id of the nth copy of an image: the hash itself, then ``hash-1``, ``hash-2``, ..."""
+    return f"{halves[0]:016x}{halves[1]:016x}" + (f"-{occurrence}" if occurrence else "")
+
+
+def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) -> WrittenShards:
     """Sorts the rows of one shard number and writes a file for each split.
 
     Args:
         rows: structured [n] with fields split, label, id and pixels, in any order.
         index: the shard number.
-        num_shards: how many there are.
+        options: how to write.
         directory: where the files go; a file already there is replaced whole, so that a
             second attempt at the same shard does no harm.
     """
     rows = order(rows)
-    occurrences = occurrence_numbers(rows["id"])
+    starts = group_starts(rows["id"])
+    duplicates, examples, leaked = _find_duplicates(rows, starts)
+    occurrences = occurrence_numbers(starts)
+    kept = np.ones(len(rows), bool)
+    if options.drop_leaks:
+        kept = ~(leaked & (rows["split"] != SPLITS.index("test")))
     written, labels = {}, {}
     for code, split in enumerate(SPLITS):
-        chosen = rows["split"] == code
-        content = b"".join(
-            frame(
-                encode_record(row["pixels"].tobytes(), int(row["label"]), record_id(row["id"], n))
-            )
-            for row, n in zip(rows[chosen], occurrences[chosen], strict=True)
-        )
-        name = shard_name(split, index, num_shards)
-        write_atomic(directory / name, content)
-        written[split] = Shard(
-            file=name,
-            num_examples=int(chosen.sum()),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        chosen = np.flatnonzero(kept & (rows["split"] == code))
+        path = directory / shard_name(split, index, options.num_shards, options.compression)
+        written[split] = _write_file(path, rows, occurrences, chosen, options.compression)
         values, counts = np.unique(rows["label"][chosen], return_counts=True)
         labels[split] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    blank = (rows["pixels"] == rows["pixels"][:, :1]).all(axis=1) & kept
     return WrittenShards(
-        index=index, shards=written, labels=labels, **_duplicates(rows, occurrences)
+        index=index,
+        shards=written,
+        labels=labels,
+        dropped=int((~kept).sum()),
+        blank=int(blank.sum()),
+        duplicates=duplicates,
+        examples=examples,
     )
 
 
-def _duplicates(rows: np.ndarray, occurrences: np.ndarray) -> dict[str, int]:
-    """Counts copies among sorted rows; see `WrittenShards`."""
-    test = SPLITS.index("test")
-    found = {"images": 0, "copies": int((occurrences > 0).sum()), "conflicting": 0, "leaked": 0}
-    for second in np.flatnonzero(occurrences == 1):
-        last = second
-        while last + 1 < len(rows) and occurrences[last + 1]:
-            last += 1
-        same = rows[second - 1 : last + 1]
-        found["images"] += 1
-        found["conflicting"] += len(np.unique(same["label"])) > 1
-        found["leaked"] += bool((same["split"] == test).any() and (same["split"] != test).any())
-    return found
+def _write_file(
+    path: Path, rows: np.ndarray, occurrences: np.ndarray, chosen: np.ndarray, compression: str
+) -> Shard:
+    """Writes the chosen rows, a bounded number at a time."""
+    digest = hashlib.sha256()
+    with open_atomic(path) as file:
+        with _compressed(file, compression) as out:
+            for first in range(0, len(chosen), ROWS_AT_ONCE):
+                some = rows[chosen[first : first + ROWS_AT_ONCE]]
+                numbers = occurrences[chosen[first : first + ROWS_AT_ONCE]]
+                ids = [record_id(*pair) for pair in zip(some["id"], numbers, strict=True)]
+                content = encode_frames(some["pixels"], some["label"], ids)
+                digest.update(content)
+                out.write(content)
+        size = file.tell()
+    return Shard(file=path.name, num_examples=len(chosen), bytes=size, sha256=digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _compressed(file: IO[bytes], compression: str) -> Iterator[IO[bytes]]:
+    if compression == "none":
+        yield file
+        return
+    # No name and no time: they would make equal content differ.
+    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as out:
+        yield out  # type: ignore[misc]
+
+
+def _find_duplicates(
+    rows: np.ndarray, starts: np.ndarray
+) -> tuple[dict[str, int], dict[str, list[str]], np.ndarray]:
+    """Counts and names what occurs more than once among sorted rows; see `WrittenShards`.
+
+    Returns:
+        Counts, example ids, and of each row whether its image is in test and elsewhere too.
+    """
+    first = np.flatnonzero(starts)
+    group = np.cumsum(starts) - 1
+    sizes = np.bincount(group, minlength=len(first)) if len(first) else np.zeros(0, int)
+    in_test = np.zeros(len(first), bool)
+    elsewhere = np.zeros(len(first), bool)
+    is_test = rows["split"] == SPLITS.index("test")
+    in_test[group[is_test]] = True
+    elsewhere[group[~is_test]] = True
+    found = {
+        "images": sizes > 1,
+        # Sorted by label inside a run, so its last label differs from its first if any does.
+        "conflicting": rows["label"][first] != rows["label"][first + sizes - 1],
+        "leaked": in_test & elsewhere,
+    }
+    counts = {kind: int(flags.sum()) for kind, flags in found.items()}
+    counts["copies"] = len(rows) - len(first)
+    examples = {
+        kind: [record_id(rows["id"][i]) for i in first[flags][:NUM_EXAMPLES]]
+        for kind, flags in found.items()
+    }
+    return {kind: counts[kind] for kind in DUPLICATES}, examples, found["leaked"][group]
 
 
 def make_manifest(
     written: Iterable[WrittenShards],
+    *,
     source: dict[str, Any],
     split_by: str,
     class_names: tuple[str, ...],
+    quarantined: dict[str, int],
 ) -> Manifest:
-    """Puts together the manifest of a dataset from what each shard number holds."""
+    """Puts together the manifest of a dataset from what each shard number holds.
+
+    Args:
+        written: of every shard number, in any order.
+        source: what was read.
+        split_by: how it was split.
+        class_names: one name per class.
+        quarantined: rows set aside, by reason.
+    """
     in_order = sorted(written, key=lambda part: part.index)
-    splits = {}
-    for split in SPLITS:
-        files = tuple(part.shards[split] for part in in_order)
-        counts = [
-            sum(part.labels[split].get(label, 0) for part in in_order)
-            for label in range(len(class_names))
-        ]
-        splits[split] = Split(
-            num_examples=sum(file.num_examples for file in files),
-            label_counts=tuple(counts),
-            shards=files,
-        )
+    splits = {split: _merge_split(in_order, split, len(class_names)) for split in SPLITS}
     every_file = [file for split in splits.values() for file in split.shards]
-    duplicates = {
-        name: sum(getattr(part, name) for part in in_order)
-        for name in ("images", "copies", "conflicting", "leaked")
-    }
     return Manifest(
         format_version=FORMAT_VERSION,
         dataset_id=dataset_id(every_file, class_names),
@@ -151,8 +222,35 @@ def make_manifest(
         class_names=class_names,
         image_shape=IMAGE_SHAPE,
         splits=splits,
-        quarantined={"count": 0, "by_reason": {}},
-        dropped=0,
-        flagged={},
-        duplicates=duplicates,
+        quarantined={
+            "count": sum(quarantined.values()),
+            "by_reason": dict(sorted(quarantined.items())),
+        },
+        dropped=sum(part.dropped for part in in_order),
+        flagged={"blank": sum(part.blank for part in in_order)},
+        duplicates=_merge_duplicates(in_order),
     )
+
+
+def _merge_split(in_order: list[WrittenShards], split: str, num_classes: int) -> Split:
+    files = tuple(part.shards[split] for part in in_order)
+    return Split(
+        num_examples=sum(file.num_examples for file in files),
+        label_counts=tuple(
+            sum(part.labels[split].get(label, 0) for part in in_order)
+            for label in range(num_classes)
+        ),
+        shards=files,
+    )
+
+
+def _merge_duplicates(in_order: list[WrittenShards]) -> dict[str, Any]:
+    merged: dict[str, Any] = {
+        kind: sum(part.duplicates[kind] for part in in_order) for kind in DUPLICATES
+    }
+    kinds = [kind for kind in DUPLICATES if kind != "copies"]
+    merged["examples"] = {
+        kind: sorted(name for part in in_order for name in part.examples[kind])[:NUM_EXAMPLES]
+        for kind in kinds
+    }
+    return merged

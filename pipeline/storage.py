@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pipeline.command import InputError, LockedError
 
@@ -38,13 +39,19 @@ def folder(text: str) -> Path:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `data` under a temporary name, flushes it to the disk and renames it to `path`."""
-    content = data.encode() if isinstance(data, str) else data
+    """Writes a whole file; see `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file under a temporary name; once written, flushes it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from other users
@@ -55,16 +62,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def published_whole(final: Path) -> Iterator[Path]:
+def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
 
     What an earlier process left behind, killed in the middle, is removed first.
+
+    Args:
+        final: the folder.
+        replace: whether it may take the place of one that holds files. That one is moved aside
+            in the end: killed just then, neither stands under the name, and the next attempt
+            brings the old one back.
 
     Raises:
         InputError: `final` cannot be created or replaced, or already holds files.
         LockedError: another process is writing the same folder.
     """
-    require_absent(final)
+    if not replace:
+        require_absent(final)
     place = final.resolve()  # a link to an empty folder cannot be renamed over, its target can
     if place.is_mount() or place == Path.cwd():
         raise InputError(
@@ -72,17 +86,27 @@ def published_whole(final: Path) -> Iterator[Path]:
             " expected a folder inside it"
         )
     staging = place.parent / f".{place.name}.incomplete"
+    aside = place.parent / f".{place.name}.replaced"
     with locked(staging):
         try:
-            require_absent(final)  # again: it may have been published as we took the lock
+            if aside.exists() and not place.exists():
+                aside.rename(place)
+            remove(aside)
+            if not replace:
+                require_absent(final)  # again: it may have been published as we took the lock
             for leftover in staging.iterdir():
                 if leftover.name != LOCK_NAME:
                     remove(leftover)
             yield staging
+            if replace and place.exists():
+                place.rename(aside)
             staging.rename(place)  # POSIX lets it replace an empty folder
+            remove(aside)
             # Only now: without its lock, another process could take over the staging folder.
             (place / LOCK_NAME).unlink()
         except BaseException:
+            if aside.exists() and not place.exists():
+                aside.rename(place)
             shutil.rmtree(staging, ignore_errors=True)
             raise
 

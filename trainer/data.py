@@ -51,7 +51,8 @@ def load_split(directory: Path, manifest: Manifest, split: str) -> Examples:
     images = np.empty((size, NUM_PIXELS), np.float32)
     labels = np.empty(size, np.int64)
     at = 0
-    for batch in _parsed([str(directory / shard.file) for shard in shards]):
+    files = [str(directory / shard.file) for shard in shards]
+    for batch in _parsed(files, "GZIP" if files and files[0].endswith(".gz") else ""):
         rows = slice(at, at + len(batch["label"]))
         if rows.stop <= size:
             images[rows], labels[rows] = batch["image"], batch["label"]
@@ -61,9 +62,9 @@ def load_split(directory: Path, manifest: Manifest, split: str) -> Examples:
     return Examples(images, labels)
 
 
-def _parsed(files: list[str]) -> tf.data.NumpyIterator:
+def _parsed(files: list[str], compression: str) -> tf.data.NumpyIterator:
     """Parses records a batch at a time: one by one would cost more than the training."""
-    dataset = tf.data.TFRecordDataset(files).batch(PARSE_BATCH)
+    dataset = tf.data.TFRecordDataset(files, compression).batch(PARSE_BATCH)
     return (
         dataset.map(
             lambda records: tf.io.parse_example(records, FEATURES),

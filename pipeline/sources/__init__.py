@@ -12,23 +12,39 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.command import InputError
 
-KINDS = ("idx", "tfds", "digits")
-SYNTAX = "idx:DIR, tfds:NAME, digits or auto"
+KINDS = ("idx", "tfds", "images", "digits")
+SYNTAX = "idx:DIR, tfds:NAME, images:DIR, digits or auto"
 
 
 class Block(NamedTuple):
-    """A range of rows of one part of a source, small enough to be read by one worker."""
+    """A range of rows of one part of a source, small enough to be read by one worker.
+
+    Attributes:
+        part: "train" or "test", or a place in it that the source knows.
+        first: the first row.
+        size: how many.
+        source: which of several joined sources it belongs to.
+    """
 
     part: str
     first: int
     size: int
+    source: int = 0
+
+
+class Fault(NamedTuple):
+    """A row that cannot be used: why, where it is (a relative name), the hash of its bytes."""
+
+    reason: str
+    origin: str
+    id: str
 
 
 class RawRows(NamedTuple):
@@ -36,27 +52,54 @@ class RawRows(NamedTuple):
 
     Attributes:
         part: "train" or "test", as the source has it.
-        first: the position of the first row in that part.
+        positions: int64 [n], where they stand in that part.
         pixels: uint8 [n, 784].
         labels: int64 [n].
+        origins: n relative names.
+        faults: further rows, that could not be read.
     """
 
     part: str
-    first: int
+    positions: np.ndarray
     pixels: np.ndarray
     labels: np.ndarray
+    origins: Sequence[str] = ()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Rows read, faults included."""
+        return len(self.labels) + len(self.faults)
+
+
+class NumberedRows(Sequence[str]):
+    """The origins of rows without names of their own: ``file#position``, made when asked for."""
+
+    def __init__(self, file: str, positions: np.ndarray) -> None:
+        self._file = file
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self._file}#{self._positions[index]}"
 
 
 class Source(Protocol):
     """A set of labelled 28x28 images. Picklable, and cheap to pickle."""
 
     @property
-    def spec(self) -> str:
-        """What `open_source` takes to open it again."""
+    def specs(self) -> tuple[str, ...]:
+        """What `open_sources` takes to open it again."""
 
     @property
     def default_split_by(self) -> str:
         """How validation is set apart unless the user says: "positional" or "hash"."""
+
+    @property
+    def has_order(self) -> bool:
+        """Whether a row's position is its own, and not that of its class."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,20 +131,54 @@ def ranges(part_sizes: dict[str, int], size: int) -> list[Block]:
     ]
 
 
-def open_source(spec: str, environ: Mapping[str, str] = os.environ) -> Source:
-    """Opens a source by its name on the command line.
+def sort_names(names: set[str]) -> tuple[str, ...]:
+    """Sorts class names, as numbers where they all are."""
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def open_sources(
+    specs: Sequence[str],
+    *,
+    num_classes: int | None = None,
+    resize: bool = False,
+    environ: Mapping[str, str] = os.environ,
+) -> Source:
+    """Opens the sources named on the command line, as one.
+
+    Args:
+        specs: one or several.
+        num_classes: fixes the number of classes of ``idx:`` sources.
+        resize: whether ``images:`` of other sizes are resized.
+        environ: where ``auto`` looks.
 
     Raises:
         InputError: there is no such source, or it cannot be read.
     """
+    kinds = {spec.partition(":")[0] for spec in specs}
+    if num_classes is not None and not kinds & {"idx", "auto"}:
+        raise InputError(f"--num_classes {num_classes}: goes with idx: sources alone")
+    if resize and "images" not in kinds:
+        raise InputError("--resize: goes with images: sources alone")
     # A source's libraries are loaded only when it is used.
-    if spec == "auto":
-        return importlib.import_module("pipeline.sources.auto").open_source(environ)
+    joined = importlib.import_module("pipeline.sources.joined")
+    return joined.join([_open(spec, num_classes, resize, environ) for spec in specs])
+
+
+def _open(spec: str, num_classes: int | None, resize: bool, environ: Mapping[str, str]) -> Source:
     kind, _, argument = spec.partition(":")
-    if kind not in KINDS:
+    if kind not in (*KINDS, "auto"):
         raise InputError(f"--source {spec}: unknown source; expected {SYNTAX}")
-    if kind == "digits" and argument:
-        raise InputError(f"--source {spec}: digits takes no argument")
-    if kind != "digits" and not argument:
+    if (kind in ("digits", "auto")) == (":" in spec):
+        raise InputError(f"--source {spec}: expected {SYNTAX}")
+    if kind not in ("digits", "auto") and not argument:
         raise InputError(f"--source {spec}: expected something after the colon: {SYNTAX}")
-    return importlib.import_module(f"pipeline.sources.{kind}").open_source(argument)
+    module = importlib.import_module(f"pipeline.sources.{kind}")
+    if kind == "idx":
+        return module.open_source(argument, num_classes)
+    if kind == "images":
+        return module.open_source(argument, resize=resize)
+    return (
+        module.open_source(environ, num_classes) if kind == "auto" else module.open_source(argument)
+    )

@@ -10,7 +10,7 @@ from pipeline.sources import Source, digits, idx, tfds
 VARIABLE = "MNIST_IDX_DIR"
 
 
-def open_source(environ: Mapping[str, str]) -> Source:
+def open_source(environ: Mapping[str, str], num_classes: int | None = None) -> Source:
     """Opens MNIST from ``$MNIST_IDX_DIR``, else through TFDS, else scikit-learn's digits.
 
     Says which, and why, in one line.
@@ -19,7 +19,7 @@ def open_source(environ: Mapping[str, str]) -> Source:
         InputError: ``$MNIST_IDX_DIR`` is set but holds no readable IDX files.
     """
     if directory := environ.get(VARIABLE):
-        source: Source = idx.open_source(directory)
+        source: Source = idx.open_source(directory, num_classes)
         log.info("source auto: MNIST from $%s, %s", VARIABLE, directory)
         return source
     try:

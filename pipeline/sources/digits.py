@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.dataset import NUM_PIXELS, id_bits, image_ids
-from pipeline.sources import Block, RawRows, ranges
+from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
 TITLE = "the 1,797 8x8 digits that come with scikit-learn (not MNIST)"
 ROWS_PER_BLOCK = 512
@@ -25,8 +25,9 @@ ROWS_PER_BLOCK = 512
 class DigitsSource:
     """The digits of scikit-learn; see `pipeline.sources.Source`."""
 
-    spec: str = "digits"
+    specs: tuple[str, ...] = ("digits",)
     default_split_by: str = "hash"
+    has_order: bool = True
     class_names: tuple[str, ...] = tuple("0123456789")
 
     @property
@@ -49,8 +50,9 @@ class DigitsSource:
     def read(self, block: Block) -> Iterator[RawRows]:
         """Yields the rows of a block."""
         pixels, labels = _load()[block.part]
-        rows = slice(block.first, block.first + block.size)
-        yield RawRows(block.part, block.first, pixels[rows], labels[rows])
+        positions = np.arange(block.first, block.first + block.size)
+        origins = NumberedRows(f"digits/{block.part}", positions)
+        yield RawRows(block.part, positions, pixels[positions], labels[positions], origins)
 
 
 def open_source(_: str) -> DigitsSource:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.command import InputError
 from pipeline.dataset import NUM_PIXELS
-from pipeline.sources import Block, RawRows, ranges
+from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
 PARTS = {"train": ("train",), "test": ("t10k", "test")}
 # A gzip file can only be read from its start, so each block of it reads past all before: large
@@ -41,11 +41,12 @@ class IdxFile:
 class IdxSource:
     """IDX files of a folder; see `pipeline.sources.Source`."""
 
-    spec: str
+    specs: tuple[str, ...]
     class_names: tuple[str, ...]
     part_sizes: dict[str, int]
     files: dict[str, tuple[IdxFile, IdxFile]]  # of each part: images, labels
     default_split_by: str = "positional"
+    has_order: bool = True
 
     def describe(self) -> dict[str, Any]:
         """Names the kind; a set of IDX files has no other name that is not a path."""
@@ -70,16 +71,24 @@ class IdxSource:
             for rows in ranges({block.part: block.size}, ROWS_AT_ONCE):
                 pixels = _read_exactly(image_file, rows.size * NUM_PIXELS, images.path)
                 classes = _read_exactly(label_file, rows.size, labels.path)
+                first = block.first + rows.first
+                positions = np.arange(first, first + rows.size)
                 yield RawRows(
                     part=block.part,
-                    first=block.first + rows.first,
+                    positions=positions,
                     pixels=np.frombuffer(pixels, np.uint8).reshape(rows.size, NUM_PIXELS),
                     labels=np.frombuffer(classes, np.uint8).astype(np.int64),
+                    origins=NumberedRows(images.path.name, positions),
                 )
 
 
-def open_source(directory: str) -> IdxSource:
+def open_source(directory: str, num_classes: int | None = None) -> IdxSource:
     """Opens the IDX files of a folder, after checking their headers against their real lengths.
+
+    Args:
+        directory: the folder.
+        num_classes: how many classes there are; by default the largest label of both parts,
+            plus one. A label beyond is for validation to find.
 
     Raises:
         InputError: a file is missing or is not what its header says.
@@ -91,12 +100,13 @@ def open_source(directory: str) -> IdxSource:
         files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"--source idx:{directory}: cannot be read: {error.strerror}") from None
-    largest = max(_largest_label(labels) for _, labels in files.values())
-    if largest < 1:
-        raise InputError(f"{folder}: every label is 0; expected at least two classes")
+    if num_classes is None:
+        num_classes = 1 + max(_largest_label(labels) for _, labels in files.values())
+        if num_classes < 2:
+            raise InputError(f"{folder}: every label is 0; expected at least two classes")
     return IdxSource(
-        spec=f"idx:{folder.absolute()}",
-        class_names=tuple(str(label) for label in range(largest + 1)),
+        specs=(f"idx:{folder.absolute()}",),
+        class_names=tuple(str(label) for label in range(num_classes)),
         part_sizes={part: images.shape[0] for part, (images, _) in files.items()},
         files=files,
     )

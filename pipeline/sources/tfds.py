@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.command import InputError
 from pipeline.dataset import IMAGE_SHAPE, MAX_CLASSES, NUM_PIXELS
-from pipeline.sources import Block, RawRows, ranges
+from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
 DOWNLOAD_HOST = ("storage.googleapis.com", 443)
 PROBE_SECONDS = 8
@@ -27,12 +27,13 @@ ROWS_AT_ONCE = 2048
 class TfdsSource:
     """A prepared set of TensorFlow Datasets; see `pipeline.sources.Source`."""
 
-    spec: str
+    specs: tuple[str, ...]
     full_name: str
     data_path: str
     class_names: tuple[str, ...]
     part_sizes: dict[str, int]
     default_split_by: str = "positional"
+    has_order: bool = True
 
     def describe(self) -> dict[str, Any]:
         """Names the set and its version."""
@@ -58,7 +59,9 @@ class TfdsSource:
         for batch in rows.as_numpy_iterator():
             labels = batch["label"].astype(np.int64)
             pixels = batch["image"].reshape(len(labels), NUM_PIXELS)
-            yield RawRows(block.part, first, pixels, labels)
+            positions = np.arange(first, first + len(labels))
+            origins = NumberedRows(f"{self.full_name}/{block.part}", positions)
+            yield RawRows(block.part, positions, pixels, labels, origins)
             first += len(labels)
 
 
@@ -81,7 +84,7 @@ def open_source(name: str) -> TfdsSource:
     _prepare(name, builder)
     _check_parts(name, builder.info.splits)
     return TfdsSource(
-        spec=f"tfds:{name}",
+        specs=(f"tfds:{name}",),
         full_name=builder.info.full_name,
         data_path=str(builder.data_path),
         class_names=tuple(builder.info.features["label"].names),

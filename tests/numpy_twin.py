@@ -58,11 +58,11 @@ class Adam:
     def step(self, weights, found):
         """The weights after one step."""
         self.t += 1
-        self.m = [self.beta_1 * m + (1 - self.beta_1) * g for m, g in zip(self.m, found)]
-        self.v = [self.beta_2 * v + (1 - self.beta_2) * g**2 for v, g in zip(self.v, found)]
-        m_hat = [m / (1 - self.beta_1**self.t) for m in self.m]
-        v_hat = [v / (1 - self.beta_2**self.t) for v in self.v]
-        return [
-            w - self.learning_rate * m / (np.sqrt(v) + self.epsilon)
-            for w, m, v in zip(weights, m_hat, v_hat)
-        ]
+        stepped = []
+        for i, (w, g) in enumerate(zip(weights, found, strict=True)):
+            self.m[i] = self.beta_1 * self.m[i] + (1 - self.beta_1) * g
+            self.v[i] = self.beta_2 * self.v[i] + (1 - self.beta_2) * g**2
+            m_hat = self.m[i] / (1 - self.beta_1**self.t)
+            v_hat = self.v[i] / (1 - self.beta_2**self.t)
+            stepped.append(w - self.learning_rate * m_hat / (np.sqrt(v_hat) + self.epsilon))
+        return stepped

@@ -92,7 +92,6 @@ def test_gradient_is_softmax_minus_onehot(scale):
 
 
 def test_gradient_is_exact_where_logits_tie():
-    """The gradient through the maximum would be shared among the ties; there must be none."""
     values = tf.constant([[1.0, 1.0, 1.0, 1.0]])
     with tf.GradientTape() as tape:
         tape.watch(values)

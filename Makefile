@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test campaign lint bench picture lock clean
+.PHONY: help setup run test campaign engines lint bench picture lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ROOT ?= out
@@ -32,6 +32,10 @@ test: $(INSTALLED) ## run the default tests, offline
 campaign: $(INSTALLED) ## run the long series of tests (SHARE=2 runs two cases of each)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m campaign $(if $(SHARE),--share $(SHARE))
 
+engines: $(INSTALLED) ## install Prism and Flink, and compare what every engine writes (needs go, java, mvn)
+	$(BIN)/python tests/engines/install.py
+	$(BIN)/pytest -m campaign tests/test_engines.py
+
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,5 +55,5 @@ lock: ## write constraints.txt anew from the newest versions that go together
 	mv constraints.new constraints.txt && rm -rf $(VENV)/lock
 
 clean: ## remove what make made, ROOT and its models excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,8 +36,14 @@ TERMINATED = 143
 ConfigT = TypeVar("ConfigT")
 
 # What Beam warns of wherever the parts of it that are not used here were not installed, and of
-# each worker process that it starts.
-REMARKS = ("apitools not found", "Resource module is not available", "No semi_persistent_directory")
+# each worker process or service that it starts.
+REMARKS = (
+    "apitools not found",
+    "Resource module is not available",
+    "No semi_persistent_directory",
+    "Really starting service",
+    "Really destroying service",
+)
 
 # Our own lines, apart from absl's logger, on which TensorFlow writes as well.
 log = logging.getLogger("digits_pipeline")
@@ -79,18 +85,18 @@ class Parser(argparse_flags.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """Parses a flag that counts something: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
 
 
 def fraction(text: str) -> float:
     """Parses a flag between 0 and 1, both included."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
 
 
 def run(

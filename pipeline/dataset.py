@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 import sys
 import zlib
@@ -43,7 +44,10 @@ SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
 QUARANTINE_NAME = "quarantine"
+RECORDS_NAME = "records.jsonl"  # in it, what was set aside
+DUPLICATES = ("images", "copies", "conflicting", "leaked")
 COMPRESSIONS = {"none": "", "gzip": ".gz"}
+SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5}}-of-[0-9]{{5}}\.tfrecord(\.gz)?")
 MAX_RECORD_BYTES = 4096
 ID_LENGTH = 32
 
@@ -349,7 +353,7 @@ def parse_manifest(text: str, name: str) -> Manifest:
     if version != FORMAT_VERSION:
         raise InputError(
             f"{name}: format_version is {version!r}, expected {FORMAT_VERSION};"
-            " run pipeline.preprocess again into a new folder"
+            " run pipeline.preprocess again, with --overwrite or into a new folder"
         )
     try:
         manifest = Manifest(
@@ -361,7 +365,7 @@ def parse_manifest(text: str, name: str) -> Manifest:
             }
         )
         _check_manifest(manifest)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{name}: not a valid manifest: {error}") from None
     return manifest
 
@@ -377,15 +381,15 @@ def _check_manifest(manifest: Manifest) -> None:
     """Raises ValueError where the manifest contradicts itself."""
     if manifest.image_shape != IMAGE_SHAPE:
         raise ValueError(f"image_shape is {manifest.image_shape}, expected {IMAGE_SHAPE}")
-    if not 2 <= manifest.num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes is {manifest.num_classes}, expected 2 to {MAX_CLASSES}")
+    if type(manifest.num_classes) is not int or not 2 <= manifest.num_classes <= MAX_CLASSES:
+        raise ValueError(f"num_classes is {manifest.num_classes!r}, expected 2 to {MAX_CLASSES}")
     if len(manifest.class_names) != manifest.num_classes:
         raise ValueError(
             f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
         )
     for name, split in manifest.splits.items():
         for shard in split.shards:
-            if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+            if not SHARD_FILE.fullmatch(shard.file):
                 raise ValueError(f"shard {shard.file!r} is not a plain file name")
         if len(split.label_counts) != manifest.num_classes:
             raise ValueError(f"{name} counts {len(split.label_counts)} labels")
@@ -395,6 +399,24 @@ def _check_manifest(manifest: Manifest) -> None:
                 raise ValueError(f"{name} counts {count!r}, expected a whole number")
         if not split.num_examples == sum(split.label_counts) == sum(in_shards):
             raise ValueError(f"{name} has {split.num_examples} examples, but its parts differ")
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    if len({shard.file for shard in shards}) != len(shards):
+        raise ValueError("a file is listed twice")
+    _check_remarks(manifest)
+    if manifest.dataset_id != dataset_id(shards, manifest.class_names):
+        raise ValueError("dataset_id does not follow from the checksums")
+
+
+def _check_remarks(manifest: Manifest) -> None:
+    """Raises ValueError or KeyError where what was noted of the source is not as agreed."""
+    if not isinstance(manifest.source["title"], str):
+        raise ValueError("source has no title")
+    counts = [manifest.dropped, manifest.quarantined["count"], manifest.flagged["blank"]]
+    for count in (*counts, *(manifest.duplicates[kind] for kind in DUPLICATES)):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{count!r} is no number of records")
+    if sum(manifest.quarantined["by_reason"].values()) != manifest.quarantined["count"]:
+        raise ValueError("quarantined counts more or fewer than its reasons")
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -440,10 +462,11 @@ def _uncompress(data: bytes, path: Path, limit: int) -> bytes:
     """Uncompresses a gzip file that may not grow beyond a limit."""
     reader = zlib.decompressobj(wbits=31)
     try:
-        content = reader.decompress(data, limit + 1)
+        # A manifest may claim more records than fit in a length.
+        content = reader.decompress(data, min(limit + 1, sys.maxsize))
     except zlib.error as error:
         raise InputError(f"{path}: not a gzip file: {error}") from None
-    if len(content) > limit or not reader.eof:
+    if len(content) > limit or not reader.eof or reader.unused_data:
         raise InputError(f"{path}: cut short, or larger than its records can be")
     return content
 

@@ -139,7 +139,9 @@ def execute(config: EvaluateConfig) -> int:
     size = manifest.splits[config.split].num_examples
     log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
     runners.run(
-        runners.beam_options(config.beam_arguments), lambda root: build(root, config, manifest), "evaluate"
+        runners.beam_options(config.beam_arguments),
+        lambda root: build(root, config, manifest),
+        "evaluate",
     )
     content = json.loads((config.report_dir / REPORT_FILE).read_text())
     print(report.text_table(content))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +17,19 @@ from pipeline.dataset import (
     MANIFEST_NAME,
     METRICS_NAME,
     QUARANTINE_NAME,
+    RECORDS_NAME,
     SCALE_TABLE,
     SPLITS,
     Manifest,
     Record,
-    dataset_id,
+    id_bits,
     image_ids,
     load_manifest,
     read_records,
     unscale,
 )
+
+ID_FORM = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}(-[1-9][0-9]{{0,9}})?")
 
 
 def verify(directory: Path) -> list[str]:
@@ -37,12 +42,14 @@ def verify(directory: Path) -> list[str]:
         InputError: there is no valid manifest to check against.
     """
     manifest = load_manifest(directory)
-    problems = _verify_files(directory, manifest)
+    problems = _verify_files(directory, manifest) + _verify_quarantine(directory, manifest)
+    blank = 0
     for split in SPLITS:
-        problems += _verify_split(directory, manifest, split)
-    every_shard = [shard for split in manifest.splits.values() for shard in split.shards]
-    if manifest.dataset_id != dataset_id(every_shard, manifest.class_names):
-        problems.append(f"{MANIFEST_NAME}: dataset_id does not follow from the checksums")
+        found, blank_here = _verify_split(directory, manifest, split)
+        problems += found
+        blank += blank_here
+    if not problems and blank != manifest.flagged["blank"]:
+        problems.append(f"{MANIFEST_NAME}: {manifest.flagged['blank']} blank images, found {blank}")
     return problems
 
 
@@ -53,35 +60,62 @@ def _verify_files(directory: Path, manifest: Manifest) -> list[str]:
     return [f"{name}: not named in the manifest" for name in sorted(present - named)]
 
 
-def _verify_split(directory: Path, manifest: Manifest, split: str) -> list[str]:
+def _verify_quarantine(directory: Path, manifest: Manifest) -> list[str]:
+    path = directory / QUARANTINE_NAME / RECORDS_NAME
+    try:
+        reasons = Counter(json.loads(line)["reason"] for line in path.read_text().splitlines())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [f"{path}: cannot be read: {error}"]
+    if dict(reasons) != manifest.quarantined["by_reason"]:
+        return [f"{path}: its records are not those that the manifest counts"]
+    return []
+
+
+def _verify_split(directory: Path, manifest: Manifest, split: str) -> tuple[list[str], int]:
+    """Says what is wrong with a split, and how many of its images are blank."""
     problems = []
     labels: Counter[int] = Counter()
-    for shard in manifest.splits[split].shards:
+    blank = 0
+    files = manifest.splits[split].shards
+    for index, shard in enumerate(files):
         try:
             records = read_records(directory, shard)
         except InputError as error:
             problems.append(str(error))
             continue
         labels.update(record.label for record in records)
-        problems += [f"{shard.file}: {text}" for text in _verify_records(records, manifest)]
+        blank += sum(bool((record.image == record.image[0]).all()) for record in records)
+        problems += [
+            f"{shard.file}: {text}"
+            for text in _verify_records(records, manifest.num_classes, index, len(files))
+        ]
     counted = tuple(labels[label] for label in range(manifest.num_classes))
     if not problems and counted != manifest.splits[split].label_counts:
         problems.append(f"{split}: label_counts differ from the labels in its records")
-    return problems
+    return problems, blank
 
 
-def _verify_records(records: list[Record], manifest: Manifest) -> Iterator[str]:
-    """Says what is wrong with records, at most once for each kind of thing."""
+def _verify_records(
+    records: list[Record], num_classes: int, index: int, num_shards: int
+) -> Iterator[str]:
+    """Says what is wrong with the records of a file, at most once for each kind of thing."""
     if not records:
         return
-    pixels = unscale(np.stack([record.image for record in records]))
-    if not np.array_equal(SCALE_TABLE[pixels], np.stack([record.image for record in records])):
+    images = np.stack([record.image for record in records])
+    with np.errstate(invalid="ignore"):  # a pixel that is no number at all
+        pixels = unscale(images)
+    if not np.array_equal(SCALE_TABLE[pixels], images):
         yield "a pixel is not uint8 / 255"
+    if any(record.label >= num_classes for record in records):
+        yield f"a label is not below {num_classes}"
+    if not all(ID_FORM.fullmatch(record.id) for record in records):
+        yield "an id is not a hash and the number of a copy"
+        return
     names = [record.id[:ID_LENGTH] for record in records]
     if names != image_ids(pixels):
         yield "an id is not the hash of its pixels"
-    if any(record.label >= manifest.num_classes for record in records):
-        yield f"a label is not below {manifest.num_classes}"
+    if any(id_bits(name, 64, 64) % num_shards != index for name in names):
+        yield "a record belongs in another file"
     if len({record.id for record in records}) != len(records):
         yield "an id occurs twice"
     keys = [(record.id[:ID_LENGTH], int(record.id[ID_LENGTH + 1 :] or 0)) for record in records]
@@ -125,6 +159,10 @@ def statistics(directory: Path, manifest: Manifest, split: str) -> SplitStatisti
     levels = np.zeros(256, np.int64)
     for shard in manifest.splits[split].shards:
         read = read_records(directory, shard)
+        if any(record.label >= manifest.num_classes for record in read):
+            raise InputError(
+                f"{directory / shard.file}: a label is not below {manifest.num_classes}"
+            )
         records |= {record.id: record.label for record in read}
         if read:
             pixels = unscale(np.stack([record.image for record in read]))

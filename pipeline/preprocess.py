@@ -31,12 +31,12 @@ from pipeline.dataset import (
     manifest_json,
 )
 from pipeline.sources import SYNTAX, Source, open_sources
+from pipeline.splits import Splitter, make_splitter
 
 if TYPE_CHECKING:
     import apache_beam as beam
 
     from pipeline.shards import ShardOptions, WrittenShards
-    from pipeline.transforms import Splitter
 
 PROG = "pipeline.preprocess"
 MAX_SHARDS = 99_999  # five digits in a file's name
@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> PreprocessConfig:
         help=f"{SYNTAX}; several are joined",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the dataset's folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
     add_flags(parser)
     flags, rest = parser.parse_known_args(argv)
     if rest:  # checked now, so that a bad flag is told before anything is read
@@ -179,7 +179,9 @@ def dataset_arguments(config: PreprocessConfig) -> list[str]:
     given = {name: getattr(config, name) for name in DATASET_FLAGS}
     switches = [f"--{name}" for name, value in given.items() if value is True]
     valued = [
-        f"--{name}={value}" for name, value in given.items() if value not in (None, True, False)
+        f"--{name}={value}"
+        for name, value in given.items()
+        if value is not None and not isinstance(value, bool)
     ]
     return switches + valued
 
@@ -189,15 +191,23 @@ def open_sources_of(config: PreprocessConfig) -> Source:
     return open_sources(config.sources, num_classes=config.num_classes, resize=config.resize)
 
 
+def splitter_of(config: PreprocessConfig, source: Source) -> Splitter:
+    """What the flags on splitting come to for this source; InputError if they do not go with it."""
+    return make_splitter(
+        config.split_by or source.default_split_by,
+        source,
+        config.validation_size,
+        config.validation_fraction,
+    )
+
+
 def fingerprint(config: PreprocessConfig, source: Source) -> str:
     """Hashes what decides the dataset, as far as it can be told without reading the images."""
     options = {
         "format_version": FORMAT_VERSION,
         "source": source.describe(),
         "content": source.fingerprint(),
-        "split_by": config.split_by or source.default_split_by,
-        "validation_size": config.validation_size,
-        "validation_fraction": config.validation_fraction,
+        "split": dataclasses.asdict(splitter_of(config, source)),
         "num_shards": config.num_shards,
         "compression": config.compression,
         "drop_leaks": config.drop_leaks,
@@ -271,7 +281,8 @@ def write_manifest(
             f"{expected} rows in the source, {num_read} read, {in_splits} written,"
             f" {set_aside} quarantined, {manifest.dropped} dropped"
         )
-    if set_aside > job.max_quarantined * num_read:
+    # A quotient is rounded as the flag's decimal was: 29 of 100 are no more than 0.29.
+    if set_aside and set_aside / num_read > job.max_quarantined:
         reasons = ", ".join(
             f"{count} {why}" for why, count in manifest.quarantined["by_reason"].items()
         )
@@ -286,23 +297,29 @@ def execute(config: PreprocessConfig) -> int:
     """Runs the stage; does nothing where its result already stands."""
     source = open_sources_of(config)
     identity = fingerprint(config, source)
-    if is_there(config, identity):
-        log.info("%s: already there", config.output_dir)
-        return command.DONE
+    storage.recover(config.output_dir)
+    if not is_there(config, identity):
+        try:
+            publish(config, source, identity)
+            return command.DONE
+        except storage.OccupiedError:  # by another run, perhaps, that began a little earlier
+            if not is_there(config, identity):
+                raise
+    log.info("%s: already there", config.output_dir)
+    return command.DONE
 
+
+def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
+    """Makes the dataset."""
     from pipeline import runners, shards, transforms
 
-    splitter = transforms.make_splitter(
-        config.split_by or source.default_split_by,
-        source,
-        config.validation_size,
-        config.validation_fraction,
-    )
-    with storage.published_whole(config.output_dir, replace=config.overwrite) as staging:
+    # Only a dataset is replaced: other files in a folder are never this command's to remove.
+    replace = config.overwrite and (config.output_dir / MANIFEST_NAME).is_file()
+    with storage.published_whole(config.output_dir, replace=replace) as staging:
         log.info("reading %s", source.describe()["title"])
         job = Job(
             source=source,
-            splitter=splitter,
+            splitter=splitter_of(config, source),
             options=shards.ShardOptions(
                 num_shards=config.num_shards,
                 compression=config.compression,
@@ -313,14 +330,15 @@ def execute(config: PreprocessConfig) -> int:
         )
         with progress_lines(transforms.done_here):
             metrics = runners.run(
-                runners.beam_options(config.beam_arguments), lambda root: build(root, job), transforms.NAMESPACE
+                runners.beam_options(config.beam_arguments),
+                lambda root: build(root, job),
+                transforms.NAMESPACE,
             )
         manifest = load_manifest(staging)
         _require_examples(manifest)
         content = {"fingerprint": identity} | dataclasses.asdict(metrics)
         storage.write_atomic(staging / METRICS_NAME, json.dumps(content, indent=2) + "\n")
     log.info("%s", summary(config.output_dir, manifest))
-    return command.DONE
 
 
 @contextlib.contextmanager
@@ -402,15 +420,16 @@ def summary(directory: Path, manifest: Manifest) -> str:
         f"{directory}: {sizes}; {manifest.num_classes} classes; {megabytes:.1f} MB in"
         f" {len(files)} files; dataset {manifest.dataset_id}"
     ]
-    for count, text in (
-        (manifest.quarantined["count"], "rows set aside, see quarantine/records.jsonl"),
-        (manifest.dropped, "rows left out of train and validation, as they stand in test"),
-        (manifest.flagged["blank"], "images are blank"),
-        (manifest.duplicates["conflicting"], "images occur with different labels"),
-        (manifest.duplicates["leaked"], "images stand both in test and in train or validation"),
+    duplicates = manifest.duplicates
+    for count, things, rest in (
+        (manifest.quarantined["count"], "row", "set aside, see quarantine/records.jsonl"),
+        (manifest.dropped, "row", "left out of train or validation, being in test as well"),
+        (manifest.flagged["blank"], "blank image", "written"),
+        (duplicates["conflicting"], "image", "with different labels"),
+        (duplicates["leaked"], "image", "both in test and in train or validation"),
     ):
         if count:
-            lines.append(f"{count:,} {text}")
+            lines.append(f"{count:,} {things}{'' if count == 1 else 's'} {rest}")
     return "\n".join(lines)
 
 

@@ -228,6 +228,7 @@ def _preprocess(config: RetrainConfig, source: Source, stages: Stages) -> Path:
     """Makes the dataset where it is not there yet, and returns its folder."""
     fingerprint = preprocess.fingerprint(config.preprocess, source)
     dataset_dir = config.root / "datasets" / fingerprint
+    storage.recover(dataset_dir)
     if not (dataset_dir / MANIFEST_NAME).is_file():
         stages.run(
             "pipeline.preprocess",

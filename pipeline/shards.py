@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.dataset import (
+    DUPLICATES,
     FORMAT_VERSION,
     IMAGE_SHAPE,
     SPLITS,
@@ -27,7 +28,6 @@ from pipeline.storage import open_atomic
 
 ROWS_AT_ONCE = 1024
 NUM_EXAMPLES = 5  # ids that the manifest names of each kind of duplicate
-DUPLICATES = ("images", "copies", "conflicting", "leaked")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

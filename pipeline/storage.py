@@ -13,11 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipeline.command import InputError, LockedError
 
 LOCK_NAME = ".lock"
+
+
+class OccupiedError(InputError):
+    """A folder that was to be written already holds files."""
 
 
 def folder(text: str) -> Path:
@@ -74,36 +78,31 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             brings the old one back.
 
     Raises:
-        InputError: `final` cannot be created or replaced, or already holds files.
+        InputError: `final` cannot be created or replaced.
+        OccupiedError: it already holds files.
         LockedError: another process is writing the same folder.
     """
     if not replace:
         require_absent(final)
-    place = final.resolve()  # a link to an empty folder cannot be renamed over, its target can
+    place, staging, aside = _places(final)
     if place.is_mount() or place == Path.cwd():
         raise InputError(
             f"{final}: a mount point or the current folder cannot be replaced as a whole;"
             " expected a folder inside it"
         )
-    staging = place.parent / f".{place.name}.incomplete"
-    aside = place.parent / f".{place.name}.replaced"
     with locked(staging):
         try:
-            if aside.exists() and not place.exists():
-                aside.rename(place)
-            remove(aside)
+            _settle(place, aside)
             if not replace:
                 require_absent(final)  # again: it may have been published as we took the lock
-            for leftover in staging.iterdir():
-                if leftover.name != LOCK_NAME:
-                    remove(leftover)
+            _clear(staging)
             yield staging
             if replace and place.exists():
                 place.rename(aside)
             staging.rename(place)  # POSIX lets it replace an empty folder
             remove(aside)
             # Only now: without its lock, another process could take over the staging folder.
-            (place / LOCK_NAME).unlink()
+            (place / LOCK_NAME).unlink(missing_ok=True)
         except BaseException:
             if aside.exists() and not place.exists():
                 aside.rename(place)
@@ -111,18 +110,64 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             raise
 
 
+def recover(final: Path) -> None:
+    """Puts in order what a process left that was killed inside `published_whole`.
+
+    A folder that had been moved aside comes back, and nothing temporary remains. Does nothing
+    while another process is at work there.
+    """
+    place, staging, aside = _places(final)
+    if staging.exists() or aside.exists():
+        with contextlib.suppress(LockedError), locked(staging):
+            _settle(place, aside)
+            _clear(staging)
+            # What another process puts there, from the moment that the lock is gone, stays.
+            shutil.rmtree(staging, ignore_errors=True)
+    if (place / LOCK_NAME).exists():
+        with contextlib.suppress(LockedError), locked(place):
+            (place / LOCK_NAME).unlink()
+
+
+def _places(final: Path) -> tuple[Path, Path, Path]:
+    """Where a folder is, where it is made, and where the one before it waits."""
+    place = final.resolve()  # a link to an empty folder cannot be renamed over, its target can
+    return (
+        place,
+        place.parent / f".{place.name}.incomplete",
+        place.parent / f".{place.name}.replaced",
+    )
+
+
+def _settle(place: Path, aside: Path) -> None:
+    if aside.exists() and not place.exists():
+        aside.rename(place)
+    remove(aside)
+
+
+def _clear(staging: Path) -> None:
+    """Removes everything but the lock."""
+    for leftover in staging.iterdir():
+        if leftover.name != LOCK_NAME:
+            remove(leftover)
+
+
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder."""
+    """Removes a file, a link or a whole folder, of which another process may remove parts too."""
+
+    def failed(_: object, __: str, info: Any) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=failed)
     else:
         path.unlink(missing_ok=True)
 
 
 def require_absent(final: Path) -> None:
-    """Raises InputError if `final` is a file or a folder that holds anything."""
+    """Raises OccupiedError if `final` is a file or a folder that holds anything."""
     if final.is_file() or (final.is_dir() and any(final.iterdir())):
-        raise InputError(f"{final}: already holds files; expected a new or empty folder")
+        raise OccupiedError(f"{final}: already holds files; expected a new or empty folder")
 
 
 @contextlib.contextmanager
@@ -139,7 +184,10 @@ def locked(directory: Path) -> Iterator[int]:
     path = directory / LOCK_NAME
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another has removed the folder that we just found or made
+            raise LockedError(f"{directory}: another process is at work here") from None
     except OSError as error:
         raise InputError(f"{directory}: cannot be used: {error.strerror}") from None
     try:

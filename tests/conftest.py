@@ -31,7 +31,7 @@ def small_dataset(small_idx, tmp_path_factory):
     """The dataset made of `small_idx`: 500 train, 100 validation, 120 test. Read only."""
     directory = tmp_path_factory.mktemp("dataset") / "small"
     config = preprocess.PreprocessConfig(
-        source=f"idx:{small_idx}", output_dir=directory, num_shards=3
+        sources=(f"idx:{small_idx}",), output_dir=directory, num_shards=3
     )
     assert preprocess.execute(config) == 0
     return directory

@@ -130,14 +130,16 @@ def test_values(function, text, value):
 
 @pytest.mark.parametrize("text", ["0", "-3", "", "1.0", "x", "inf"])
 def test_what_is_no_positive_int(text):
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
         command.positive_int(text)
+    assert str(caught.value) == f"expected an integer of at least 1, got {text}"
 
 
 @pytest.mark.parametrize("text", ["-0.001", "1.001", "nan", "inf", "-inf", "", "x"])
 def test_what_is_no_fraction(text):
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
         command.fraction(text)
+    assert str(caught.value) == f"expected a number from 0 to 1, got {text}"
 
 
 # What libraries write
@@ -171,6 +173,8 @@ def execute(_):
         library = logging.getLogger(name)
         library.info("chatter of %s", name)
         library.warning("warning of %s", name)
+    for deed in ("starting", "destroying"):
+        logging.getLogger("apache_beam.utils").warning("Really %s service at %s", deed, "x:1")
     try:
         raise command.InputError("of a worker")
     except command.InputError:

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
+from pipeline import preprocess
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest, read_records
 from trainer.data import cut, epoch_order, load_split
@@ -32,6 +33,33 @@ def test_load_split_of_no_examples(small_dataset):
     manifest = dataclasses.replace(manifest, splits={"validation": empty})
     images, labels = load_split(small_dataset, manifest, "validation")
     assert (images.shape, labels.shape) == ((0, 784), (0,))
+
+
+@pytest.fixture(scope="module")
+def compressed(small_idx, tmp_path_factory):
+    """`small_dataset` with compressed files. Read only."""
+    directory = tmp_path_factory.mktemp("compressed") / "small"
+    config = preprocess.PreprocessConfig(
+        sources=(f"idx:{small_idx}",), output_dir=directory, num_shards=3, compression="gzip"
+    )
+    assert preprocess.execute(config) == 0
+    return directory
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_load_split_reads_compressed_files(small_dataset, compressed, split):
+    plain = load_split(small_dataset, load_manifest(small_dataset), split)
+    packed = load_split(compressed, load_manifest(compressed), split)
+    for one, other in zip(plain, packed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_load_split_refuses_a_damaged_compressed_file(compressed, tmp_path):
+    copy = shutil.copytree(compressed, tmp_path / "copy")
+    manifest = load_manifest(copy)
+    flip_a_bit(copy / manifest.splits["train"].shards[1].file)
+    with pytest.raises(InputError, match=r"train-00001-of-00003\.tfrecord\.gz: "):
+        load_split(copy, manifest, "train")
 
 
 def flip_a_bit(path):

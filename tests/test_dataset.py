@@ -1,7 +1,9 @@
 import dataclasses
+import gzip
 import hashlib
 import json
 import struct
+import tracemalloc
 
 import helpers
 import numpy as np
@@ -120,7 +122,58 @@ def test_scale_table():
     assert struct.pack("<f", dataset.SCALE_TABLE[51]) == bytes.fromhex("cdcc4c3e")  # 0.2
 
 
+def test_unscale_gives_back_every_pixel():
+    assert dataset.unscale(dataset.SCALE_TABLE).tolist() == list(range(256))
+
+
+LENGTHS = ["", "-1", "-12345"]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 127, 9, 5, 3], [0, 128, 255, 9, 127, 200]])
+@pytest.mark.parametrize("suffixes", [[""] * 6, ["-7"] * 6, LENGTHS * 2], ids=str)
+@pytest.mark.parametrize("count", [6, 1, 0])
+def test_many_frames_are_those_of_each(labels, suffixes, count):
+    pixels = np.random.default_rng(2).integers(0, 256, (6, 784), np.uint8)[:count]
+    labels = np.array(labels[:count], np.uint8)
+    ids = [f"{ID}{suffix}" for suffix in suffixes[:count]]
+    expected = b"".join(
+        dataset.frame(dataset.encode_record(row.tobytes(), int(label), name))
+        for row, label, name in zip(pixels, labels, ids, strict=True)
+    )
+    assert dataset.encode_frames(pixels, labels, ids) == expected
+    read = [dataset.decode_record(r) for r in dataset.read_frames(expected, "x")]
+    assert [(r.label, r.id) for r in read] == list(zip(labels.tolist(), ids, strict=True))
+
+
+def test_many_frames_of_blank_images():
+    # An empty record is what the table is filled with: its zeros must be overwritten in place.
+    pixels = np.array([[0] * 784, [255] * 784], np.uint8)
+    expected = b"".join(
+        dataset.frame(dataset.encode_record(row.tobytes(), 0, "0" * 32)) for row in pixels
+    )
+    assert dataset.encode_frames(pixels, np.zeros(2, np.int64), ["0" * 32] * 2) == expected
+
+
 # Identity
+
+
+def test_digests_are_the_ids():
+    pixels = np.random.default_rng(3).integers(0, 256, (20, 784), np.uint8)
+    digests = dataset.image_digests(pixels)
+    assert (digests.shape, digests.dtype) == ((20, 16), np.uint8)
+    assert [digest.tobytes().hex() for digest in digests] == dataset.image_ids(pixels)
+    assert dataset.image_digests(pixels[:0]).shape == (0, 16)
+    assert dataset.image_ids(pixels[:0]) == []
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 32), (32, 32), (64, 64), (0, 64), (120, 8)])
+def test_digest_bits_are_id_bits(first, count):
+    pixels = np.random.default_rng(4).integers(0, 256, (50, 784), np.uint8)
+    found = dataset.digest_bits(dataset.image_digests(pixels), first, count)
+    assert found.dtype == np.uint64
+    assert found.tolist() == [
+        dataset.id_bits(name, first, count) for name in dataset.image_ids(pixels)
+    ]
 
 
 def test_ids_are_of_the_pixels_alone():
@@ -232,8 +285,8 @@ def manifest():
         splits=splits,
         quarantined={"count": 0, "by_reason": {}},
         dropped=0,
-        flagged={},
-        duplicates={"images": 0},
+        flagged={"blank": 0},
+        duplicates=dict.fromkeys(("images", "copies", "conflicting", "leaked"), 0),
     )
 
 
@@ -260,6 +313,25 @@ def test_manifest_round_trip():
 
 def test_shard_name():
     assert dataset.shard_name("train", 3, 8) == "train-00003-of-00008.tfrecord"
+    assert dataset.shard_name("test", 0, 1, "gzip") == "test-00000-of-00001.tfrecord.gz"
+
+
+def test_two_files_of_one_name_are_told():
+    raw = json.loads(dataset.manifest_json(manifest()))
+    train, test = (raw["splits"][split]["shards"] for split in ("train", "test"))
+    test[0]["file"] = train[0]["file"]
+    shards = [
+        dataset.Shard(**shard) for split in raw["splits"].values() for shard in split["shards"]
+    ]
+    raw["dataset_id"] = dataset.dataset_id(shards, raw["class_names"])
+    with pytest.raises(InputError, match="a file is listed twice"):
+        dataset.parse_manifest(json.dumps(raw), "m")
+
+
+def test_dataset_id_does_not_depend_on_compression():
+    plain = dataset.Shard(file="a.tfrecord", num_examples=1, bytes=20, sha256="0" * 64)
+    packed = dataclasses.replace(plain, file="a.tfrecord.gz", bytes=9)
+    assert dataset.dataset_id([plain], "ab") == dataset.dataset_id([packed], "ab")
 
 
 def test_dataset_id_is_of_names_checksums_and_classes():
@@ -356,6 +428,19 @@ BROKEN = {
     "half a row": in_train(label_counts=[2.5, 2.5]),
     "shard off": in_shard(num_examples=2),
     "shard as text": in_shard(num_examples="1"),
+    "other checksum": in_shard(sha256="0" * 64),
+    "other id": changed(dataset_id="0" * 32),
+    "a file twice": in_shard(file="train-00001-of-00002.tfrecord"),
+    "a source without a title": changed(source={}),
+    "a source that is text": changed(source="idx"),
+    "nothing of quarantine": changed(quarantined={}),
+    "quarantine null": changed(quarantined=None),
+    "reasons a list": changed(quarantined={"count": 0, "by_reason": []}),
+    "reasons off": changed(quarantined={"count": 1, "by_reason": {"damaged": 2}}),
+    "dropped as text": changed(dropped="0"),
+    "flagged a list": changed(flagged=[]),
+    "less than none blank": changed(flagged={"blank": -1}),
+    "no leaks": changed(duplicates={"images": 0, "copies": 0, "conflicting": 0}),
 }
 
 
@@ -381,7 +466,7 @@ def test_text_that_is_no_manifest(text):
 
 def test_other_version_says_what_to_do():
     raw = json.loads(dataset.manifest_json(manifest())) | {"format_version": 2}
-    with pytest.raises(InputError, match=r"is 2, expected 1; run .* again"):
+    with pytest.raises(InputError, match=r"is 2, expected 1; run .* again, with --overwrite or"):
         dataset.parse_manifest(json.dumps(raw), "m.json")
 
 
@@ -467,3 +552,58 @@ def test_shard_is_checked(tmp_path, pixels):
 def test_shard_with_a_right_checksum_and_wrong_content(tmp_path, content, num_examples, message):
     with pytest.raises(InputError, match=rf"a\.tfrecord: .*{message}"):
         dataset.read_records(tmp_path, shard_of(tmp_path, content, num_examples))
+
+
+def gzip_shard(directory, content, num_examples, change=lambda data: data):
+    """A shard of compressed content; its file is changed, its checksum is right."""
+    packed = change(gzip.compress(content, mtime=0))
+    (directory / "a.tfrecord.gz").write_bytes(packed)
+    return dataset.Shard(
+        file="a.tfrecord.gz",
+        num_examples=num_examples,
+        bytes=len(packed),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def test_compressed_shard(tmp_path, pixels):
+    content = dataset.frame(dataset.encode_record(pixels, 1, ID)) * 3
+    shard = gzip_shard(tmp_path, content, 3)
+    assert dataset.read_shard(tmp_path, shard) == content
+    assert [record.id for record in dataset.read_records(tmp_path, shard)] == [ID] * 3
+    assert dataset.read_records(tmp_path, gzip_shard(tmp_path, b"", 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "cut short, or larger"),
+        (lambda data: data[: len(data) // 2], "cut short, or larger"),
+        (lambda data: b"", "cut short, or larger"),
+        (lambda data: data + b"more", "cut short, or larger"),
+        (lambda data: data + data, "cut short, or larger"),
+        (lambda data: gzip.compress(bytes(4097 * 2)), "cut short, or larger"),
+        (lambda data: b"no gzip file", "not a gzip file"),
+        (lambda data: data[:-8] + bytes(8), "not a gzip file"),
+        (lambda data: gzip.compress(bytes(300)), "its checksum differs"),
+    ],
+    ids=["no end", "half", "empty", "more", "twice", "too large", "text", "checksum", "other"],
+)
+def test_compressed_shard_that_is_broken(tmp_path, pixels, change, message):
+    content = dataset.frame(dataset.encode_record(pixels, 1, ID)) * 2
+    shard = gzip_shard(tmp_path, content, 2, change)
+    with pytest.raises(InputError, match=rf"a\.tfrecord\.gz: {message}"):
+        dataset.read_shard(tmp_path, shard)
+
+
+def test_compressed_shard_that_swells_is_not_held_in_memory(tmp_path):
+    size = 64 << 20
+    shard = gzip_shard(tmp_path, b"", 1, lambda _: gzip.compress(bytes(size), compresslevel=1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="larger than its records can be"):
+            dataset.read_shard(tmp_path, shard)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size // 16

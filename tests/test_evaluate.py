@@ -61,10 +61,6 @@ def by_hand(model, dataset, split):
     return labels, exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def test_unscale_gives_back_every_pixel():
-    assert inference.unscale(SCALE_TABLE).tolist() == list(range(256))
-
-
 def test_report_equals_numpy(export_model, small_dataset, tmp_path, capsys):
     model = export_model(1)
     report = run(model, small_dataset, tmp_path / "report")

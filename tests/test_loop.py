@@ -19,7 +19,7 @@ from tensorflow.core.util.event_pb2 import Event
 
 from pipeline import storage
 from pipeline.command import InputError
-from pipeline.dataset import load_manifest
+from pipeline.dataset import Shard, dataset_id, load_manifest
 from trainer import data, loop
 from trainer.checkpoints import Progress
 from trainer.config import PRESETS
@@ -347,6 +347,8 @@ def test_a_dataset_without_train_examples_is_refused(small_dataset, tmp_path):
     dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
     manifest = json.loads((dataset / "manifest.json").read_text())
     manifest["splits"]["train"] = {"num_examples": 0, "label_counts": [0] * 10, "shards": []}
+    left = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
+    manifest["dataset_id"] = dataset_id(left, manifest["class_names"])
     (dataset / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="its train split has no examples"):
         loop.execute(PRESETS["core"], dataset, tmp_path / "run")

@@ -1,8 +1,11 @@
 import dataclasses
+import gzip
 import json
 import logging
+import pathlib
 import shutil
 import sys
+import threading
 
 import helpers
 import numpy as np
@@ -12,7 +15,9 @@ from pipeline import dataset, preprocess, runners, shards
 from pipeline.command import InputError
 from pipeline.dataset import SCALE_TABLE, SPLITS, image_ids, load_manifest, read_records
 from pipeline.preprocess import PreprocessConfig, execute, parse
-from pipeline.sources import idx, open_source
+from pipeline.sources import idx, open_sources
+from pipeline.splits import make_splitter
+from pipeline.transforms import ROW
 
 TRAIN_COUNTS = (50,) * 10  # of helpers.make_images, without its first 100 images
 
@@ -20,7 +25,9 @@ TRAIN_COUNTS = (50,) * 10  # of helpers.make_images, without its first 100 image
 @pytest.fixture
 def config(small_idx, tmp_path):
     """What `small_dataset` was made with, into a folder of its own."""
-    return PreprocessConfig(source=f"idx:{small_idx}", output_dir=tmp_path / "out", num_shards=3)
+    return PreprocessConfig(
+        sources=(f"idx:{small_idx}",), output_dir=tmp_path / "out", num_shards=3
+    )
 
 
 def changed(config, **values):
@@ -87,21 +94,32 @@ def test_manifest_and_files(small_dataset, small_idx):
     assert (manifest.split_by, manifest.num_classes) == ("positional", 10)
     assert manifest.class_names == tuple("0123456789")
     assert manifest.source == {"kind": "idx", "title": "images from IDX files"}
-    assert manifest.duplicates == {"images": 0, "copies": 0, "conflicting": 0, "leaked": 0}
+    assert manifest.duplicates == {
+        "images": 0,
+        "copies": 0,
+        "conflicting": 0,
+        "leaked": 0,
+        "examples": {"images": [], "conflicting": [], "leaked": []},
+    }
+    assert manifest.quarantined == {"count": 0, "by_reason": {}}
+    assert (manifest.dropped, manifest.flagged) == (0, {"blank": 0})
     every = [shard for split in SPLITS for shard in manifest.splits[split].shards]
     assert manifest.dataset_id == dataset.dataset_id(every, manifest.class_names)
     assert set(helpers.tree(small_dataset)) == {shard.file for shard in every} | {
         "manifest.json",
         "metrics.json",
+        "quarantine/records.jsonl",
     }
+    assert (small_dataset / "quarantine/records.jsonl").read_bytes() == b""
     for word in (small_idx, small_dataset, small_idx.parent.name):
         assert str(word) not in (small_dataset / "manifest.json").read_text()
 
 
-def test_metrics_hold_the_counters(small_dataset, config):
+def test_metrics(small_dataset, config):
     metrics = json.loads((small_dataset / "metrics.json").read_text())
+    assert list(metrics) == ["fingerprint", "counters", "distributions"]
     assert metrics["fingerprint"] == preprocess.read_fingerprint(small_dataset)
-    assert metrics["fingerprint"] == preprocess.fingerprint(config, open_source(config.source))
+    assert metrics["fingerprint"] == preprocess.fingerprint(config, open_sources(config.sources))
     assert metrics["counters"] == {
         "read-train": 600,
         "read-test": 120,
@@ -110,6 +128,16 @@ def test_metrics_hold_the_counters(small_dataset, config):
         "written-test": 120,
         "written-bytes": sum(path.stat().st_size for path in small_dataset.glob("*.tfrecord")),
     }
+    assert list(metrics["distributions"]) == ["shard-bytes", "shard-write-msec"]
+    sizes = [path.stat().st_size for path in small_dataset.glob("*.tfrecord")]
+    assert metrics["distributions"]["shard-bytes"] == {
+        "count": 9,
+        "sum": sum(sizes),
+        "min": min(sizes),
+        "max": max(sizes),
+    }
+    times = metrics["distributions"]["shard-write-msec"]
+    assert times["count"] == 3 and 0 <= times["min"] <= times["max"] <= times["sum"]
 
 
 def test_records_stand_in_their_shard_by_id(small_dataset):
@@ -123,19 +151,38 @@ def test_records_stand_in_their_shard_by_id(small_dataset):
 # The same images give the same bytes
 
 
+def content(directory):
+    """{relative name: bytes} of a dataset folder, its metrics excepted: they hold times."""
+    return {name: data for name, data in helpers.tree(directory).items() if name != "metrics.json"}
+
+
+def metrics(directory):
+    return json.loads((directory / "metrics.json").read_text())
+
+
+def assert_same_dataset(one, other):
+    """The same bytes, made from the same source, and the same counted on the way."""
+    assert content(one) == content(other)
+    ours, theirs = metrics(one), metrics(other)
+    for each in (ours, theirs):
+        assert each["distributions"].pop("shard-write-msec")["count"] == 3
+    assert ours == theirs
+
+
 def test_same_bytes_whatever_the_blocks(small_dataset, config, monkeypatch):
     monkeypatch.setattr(idx, "ROWS_PER_BLOCK", 37)
     monkeypatch.setattr(idx, "ROWS_AT_ONCE", 10)
     assert execute(config) == 0
-    assert helpers.tree(config.output_dir) == helpers.tree(small_dataset)
+    assert_same_dataset(config.output_dir, small_dataset)
 
 
 def test_same_bytes_from_gzip_under_other_names(small_dataset, config, tmp_path):
     folder = helpers.write_idx(tmp_path / "gz", helpers.make_images(), gz=True, test_stem="test")
-    assert execute(changed(config, source=f"idx:{folder}")) == 0
-    made, expected = helpers.tree(config.output_dir), helpers.tree(small_dataset)
-    assert made.pop("metrics.json") != expected.pop("metrics.json")  # other files: fingerprint
-    assert made == expected
+    assert execute(changed(config, sources=(f"idx:{folder}",))) == 0
+    assert content(config.output_dir) == content(small_dataset)
+    ours, theirs = metrics(config.output_dir), metrics(small_dataset)
+    assert ours["fingerprint"] != theirs["fingerprint"]  # other files
+    assert ours["counters"] == theirs["counters"]
 
 
 def test_same_bytes_from_several_processes(small_dataset, small_idx, tmp_path):
@@ -146,7 +193,7 @@ def test_same_bytes_from_several_processes(small_dataset, small_idx, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert helpers.tree(tmp_path / "out") == helpers.tree(small_dataset)
+    assert_same_dataset(tmp_path / "out", small_dataset)
 
 
 def test_hash_split_does_not_depend_on_the_order_of_the_source(config, tmp_path):
@@ -155,9 +202,9 @@ def test_hash_split_does_not_depend_on_the_order_of_the_source(config, tmp_path)
     shuffled = data | {"train": tuple(array[order] for array in data["train"])}
     helpers.write_idx(tmp_path / "shuffled", shuffled)
     made = []
-    for source in (config.source, f"idx:{tmp_path / 'shuffled'}"):
+    for source in (config.sources[0], f"idx:{tmp_path / 'shuffled'}"):
         folder = tmp_path / str(len(made))
-        execute(changed(config, source=source, output_dir=folder, split_by="hash"))
+        execute(changed(config, sources=(source,), output_dir=folder, split_by="hash"))
         made.append((folder / "manifest.json").read_bytes())
     assert made[0] == made[1]
     found = records(tmp_path / "0")
@@ -176,10 +223,20 @@ def test_copies_of_an_image(config, tmp_path):
     data["test"][0][7] = data["train"][0][5]  # in validation and in test
     data["test"][1][7] = data["train"][1][5]
     source = f"idx:{helpers.write_idx(tmp_path / 'copies', data)}"
-    assert execute(changed(config, source=source)) == 0
+    assert execute(changed(config, sources=(source,))) == 0
     manifest = load_manifest(config.output_dir)
-    assert manifest.duplicates == {"images": 3, "copies": 3, "conflicting": 1, "leaked": 1}
-    assert "1 images stand both in test" in preprocess.summary(config.output_dir, manifest)
+    names = image_ids(data["train"][0][[200, 400, 5]].reshape(3, 784))
+    assert manifest.duplicates == {
+        "images": 3,
+        "copies": 3,
+        "conflicting": 1,
+        "leaked": 1,
+        "examples": {"images": sorted(names), "conflicting": [names[1]], "leaked": [names[2]]},
+    }
+    assert preprocess.summary(config.output_dir, manifest).splitlines()[1:] == [
+        "1 image with different labels",
+        "1 image both in test and in train or validation",
+    ]
     labels = {r.id: r.label for split in records(config.output_dir).values() for r in split}
     assert len(labels) == 720
     (name,) = image_ids(data["train"][0][400].reshape(1, 784))
@@ -206,7 +263,9 @@ def test_no_validation(config):
 
 
 def test_mnist(mnist_dir, tmp_path):
-    assert execute(PreprocessConfig(source=f"idx:{mnist_dir}", output_dir=tmp_path / "out")) == 0
+    assert (
+        execute(PreprocessConfig(sources=(f"idx:{mnist_dir}",), output_dir=tmp_path / "out")) == 0
+    )
     manifest = load_manifest(tmp_path / "out")
     # Known for the tutorial's split; the id must not move between versions of this code.
     assert {name: split.label_counts for name, split in manifest.splits.items()} == {
@@ -215,10 +274,259 @@ def test_mnist(mnist_dir, tmp_path):
         "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
     }
     assert manifest.dataset_id == "912be8b10b1aa50c5078ab68a749afdb"
-    (first,) = next(open_source(f"idx:{mnist_dir}").read(idx.Block("train", 0, 1))).pixels
+    (first,) = next(open_sources([f"idx:{mnist_dir}"]).read(idx.Block("train", 0, 1))).pixels
     validation = {record.id: record for record in records(tmp_path / "out")["validation"]}
     record = validation[image_ids(first[None])[0]]
     assert record.label == 5 and record.image.tobytes() == SCALE_TABLE[first].tobytes()
+
+
+# What cannot be written, and what is odd
+
+
+def mislabelled(folder, **labels):
+    """IDX files of 60 train and 20 test images, some with other labels: {"train": {3: 11}}."""
+    data = helpers.make_images(60, 20)
+    for part, wrong in labels.items():
+        for index, label in wrong.items():
+            data[part][1][index] = label
+    return helpers.write_idx(folder, data), data
+
+
+def test_labels_out_of_range(tmp_path):
+    folder, data = mislabelled(tmp_path / "idx", train={17: 10, 3: 255}, test={5: 12})
+    config = PreprocessConfig(
+        sources=(f"idx:{folder}",),
+        output_dir=tmp_path / "out",
+        num_classes=10,
+        validation_size=20,
+        max_quarantined=3 / 80,  # as many as there are
+    )
+    assert execute(config) == 0
+    lines = (tmp_path / "out/quarantine/records.jsonl").read_text().splitlines()
+    expected = [
+        {
+            "id": image_ids(data[part][0][index].reshape(1, 784))[0],
+            "reason": "label out of range",
+            "origin": f"{stem}-images-idx3-ubyte#{index}",
+            "part": part,
+        }
+        for part, stem, index in (
+            ("test", "t10k", 5),
+            ("train", "train", 17),
+            ("train", "train", 3),
+        )
+    ]
+    assert [json.loads(line) for line in lines] == expected
+    assert [list(json.loads(line)) for line in lines] == [["id", "reason", "origin", "part"]] * 3
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.quarantined == {"count": 3, "by_reason": {"label out of range": 3}}
+    # The rows of the positional split are counted before any is set aside.
+    assert {name: split.num_examples for name, split in manifest.splits.items()} == {
+        "train": 40,
+        "validation": 18,
+        "test": 19,
+    }
+    found = {r.id for r in records(tmp_path / "out")["validation"]}
+    kept = [i for i in range(20) if i not in (3, 17)]
+    assert found == set(image_ids(data["train"][0][kept].reshape(-1, 784)))
+    counters = metrics(tmp_path / "out")["counters"]
+    assert counters["quarantined-label-out-of-range"] == 3
+    assert counters["read-train"] + counters["read-test"] == 80
+    assert sum(counters[f"written-{split}"] for split in SPLITS) == 77
+    assert preprocess.summary(tmp_path / "out", manifest).splitlines()[1:] == [
+        "3 rows set aside, see quarantine/records.jsonl"
+    ]
+
+
+def test_order_of_the_quarantine_is_that_of_no_worker(tmp_path, monkeypatch):
+    folder, _ = mislabelled(tmp_path / "idx", train=dict.fromkeys(range(30), 99))
+    config = PreprocessConfig(
+        sources=(f"idx:{folder}",), output_dir=tmp_path / "a", num_classes=10, max_quarantined=0.9
+    )
+    assert execute(config) == 0
+    monkeypatch.setattr(idx, "ROWS_PER_BLOCK", 7)
+    assert execute(changed(config, output_dir=tmp_path / "b")) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "share", "allowed"),
+    [(29, 0.2900, True), (30, 0.29, False), (7, 0.07, True), (1, 0.0, False), (0, 0.0, True)],
+)
+def test_max_quarantined(tmp_path, wrong, share, allowed):
+    data = helpers.make_images(80, 20)
+    data["train"][1][:wrong] = 10
+    folder = helpers.write_idx(tmp_path / "idx", data)
+    config = PreprocessConfig(
+        sources=(f"idx:{folder}",),
+        output_dir=tmp_path / "out",
+        num_classes=10,
+        max_quarantined=share,
+    )
+    if allowed:
+        assert execute(config) == 0
+        assert load_manifest(tmp_path / "out").quarantined["count"] == wrong
+    else:
+        with pytest.raises(InputError) as caught:
+            execute(config)
+        assert str(caught.value) == (
+            f"{wrong} of 100 rows cannot be used ({wrong} label out of range), more than"
+            f" --max_quarantined {share:g} allows"
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["idx"]
+
+
+def test_too_many_quarantined_in_its_own_process(tmp_path):
+    folder, _ = mislabelled(tmp_path / "idx", train={0: 10, 1: 11})
+    done = helpers.run_cli(
+        "pipeline.preprocess",
+        *(f"--source=idx:{folder}", "--output_dir=out", "--num_classes=10"),
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "reading images from IDX files",
+        "python -m pipeline.preprocess: error: 2 of 80 rows cannot be used (2 label out of range),"
+        " more than --max_quarantined 0.01 allows",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["idx"]
+
+
+def test_more_classes_than_there_are_labels(config):
+    assert execute(changed(config, num_classes=256)) == 0
+    manifest = load_manifest(config.output_dir)
+    assert manifest.class_names == tuple(str(label) for label in range(256))
+    assert manifest.splits["train"].label_counts == TRAIN_COUNTS + (0,) * 246
+
+
+def leaky(folder):
+    """Images that stand in test and elsewhere too: one in train, one twice in validation."""
+    data = helpers.make_images(60, 20)
+    pixels, labels = data["train"]
+    data["test"][0][3], data["test"][1][3] = pixels[30], labels[30]  # of train
+    data["test"][0][4], data["test"][1][4] = pixels[5], (labels[5] + 1) % 10  # of validation
+    pixels[6] = pixels[5]
+    return f"idx:{helpers.write_idx(folder, data)}", image_ids(pixels[[30, 5]].reshape(2, 784))
+
+
+def test_leaks_are_counted_and_kept(tmp_path):
+    source, names = leaky(tmp_path / "idx")
+    config = PreprocessConfig(sources=(source,), output_dir=tmp_path / "out", num_shards=2)
+    assert execute(config) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.dropped == 0
+    assert manifest.duplicates["leaked"] == 2
+    assert manifest.duplicates["copies"] == 3
+    assert manifest.duplicates["examples"]["leaked"] == sorted(names)
+    assert manifest.duplicates["examples"]["conflicting"] == [names[1]]
+    assert [manifest.splits[split].num_examples for split in SPLITS] == [50, 10, 20]
+
+
+def test_leaks_are_dropped(tmp_path):
+    source, names = leaky(tmp_path / "idx")
+    config = PreprocessConfig(sources=(source,), output_dir=tmp_path / "out", drop_leaks=True)
+    assert execute(config) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.dropped == 3
+    assert [manifest.splits[split].num_examples for split in SPLITS] == [49, 8, 20]
+    found = {split: {r.id[:32] for r in rows} for split, rows in records(tmp_path / "out").items()}
+    assert set(names) <= found["test"]
+    assert not set(names) & (found["train"] | found["validation"])
+    assert metrics(tmp_path / "out")["counters"]["dropped-leaks"] == 3
+    assert (
+        "3 rows left out of train or validation, being in test as well"
+        in preprocess.summary(tmp_path / "out", manifest).splitlines()
+    )
+
+
+def test_blank_images_are_written_and_flagged(tmp_path):
+    data = helpers.make_images(60, 20)
+    data["train"][0][12] = 0
+    data["train"][0][40] = 255
+    data["test"][0][1] = 7
+    data["test"][0][2] = 7
+    data["test"][0][2, 27, 27] = 8
+    folder = helpers.write_idx(tmp_path / "idx", data)
+    config = PreprocessConfig(sources=(f"idx:{folder}",), output_dir=tmp_path / "out")
+    assert execute(config) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.flagged == {"blank": 3} and manifest.quarantined["count"] == 0
+    assert sum(split.num_examples for split in manifest.splits.values()) == 80
+    summary = preprocess.summary(tmp_path / "out", manifest)
+    assert summary.splitlines()[1:] == ["3 blank images written"]
+
+
+def test_compression(small_dataset, config):
+    assert execute(changed(config, compression="gzip")) == 0
+    plain, packed = load_manifest(small_dataset), load_manifest(config.output_dir)
+    assert packed.dataset_id == plain.dataset_id
+    made, expected = content(config.output_dir), content(small_dataset)
+    assert {
+        name.removesuffix(".gz"): gzip.decompress(data)
+        for name, data in made.items()
+        if name.endswith(".tfrecord.gz")
+    } == {name: data for name, data in expected.items() if name.endswith(".tfrecord")}
+    assert len(made) == len(expected)
+    for split in SPLITS:
+        for one, other in zip(plain.splits[split].shards, packed.splits[split].shards, strict=True):
+            assert (other.file, other.sha256) == (f"{one.file}.gz", one.sha256)
+            assert other.bytes == len(made[other.file]) < one.bytes
+    assert records(config.output_dir)["test"][5].id == records(small_dataset)["test"][5].id
+
+
+# Metrics on the way
+
+
+def test_progress_lines(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="digits_pipeline")
+    monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 0.001)
+    said = threading.Event()
+    info = preprocess.log.info
+
+    def seen(*args):
+        info(*args)
+        if args[1] == "1,700":
+            said.set()
+
+    monkeypatch.setattr(preprocess.log, "info", seen)
+    done = {"read-train": 9, "left": 5}  # of an earlier run
+    with preprocess.progress_lines(done):
+        done |= {"read-train": 1000, "read-test": 700, "written-train": 20}
+        done |= {"written-test": 3, "written-validation": 1, "written-bytes": 10**9}
+        assert said.wait(60)
+    assert "1,700 rows read, 24 written" in caplog.messages
+    assert "left" not in done
+
+
+def test_progress_lines_end_with_a_failure():
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="stop"), preprocess.progress_lines({}):
+        assert threading.active_count() == before + 1
+        raise ValueError("stop")
+    assert threading.active_count() == before
+
+
+def test_a_run_shows_its_progress(config, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="digits_pipeline")
+    monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 0.001)
+    said = threading.Event()
+    info = preprocess.log.info
+
+    def seen(*args):
+        info(*args)
+        if args[0] == "%s rows read, %s written" and args[1] == "720":
+            said.set()
+
+    write = shards.write
+
+    def waiting(*args):
+        assert said.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(preprocess.log, "info", seen)
+    monkeypatch.setattr(shards, "write", waiting)
+    assert execute(config) == 0
+    assert "720 rows read, 0 written" in caplog.messages
 
 
 # Again into the same folder
@@ -242,7 +550,7 @@ def test_again_changes_nothing(standing, config, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     "values",
-    [{"num_shards": 4}, {"validation_size": 7}, {"split_by": "hash"}, {"source": "digits"}],
+    [{"num_shards": 4}, {"validation_size": 7}, {"split_by": "hash"}, {"sources": ("digits",)}],
     ids=lambda values: next(iter(values)),
 )
 def test_another_dataset_there_is_refused(standing, config, values):
@@ -281,6 +589,114 @@ def test_other_files_there_are_refused(config):
     assert helpers.tree(config.output_dir.parent) == {"out/thesis.txt": b"mine"}
 
 
+# Another dataset in its place
+
+
+def test_overwriting(standing, config, caplog):
+    other = changed(config, split_by="hash", overwrite=True)
+    assert execute(other) == 0
+    assert load_manifest(standing).split_by == "hash"
+    assert [path.name for path in standing.parent.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="holds another dataset"):
+        execute(config)
+    assert execute(changed(config, overwrite=True)) == 0
+    assert load_manifest(standing).split_by == "positional"
+
+
+def test_overwriting_with_the_same_does_nothing(standing, config, monkeypatch):
+    monkeypatch.setattr(runners, "run", lambda *_: pytest.fail("was run"))
+    before = files_and_times(standing.parent)
+    assert execute(changed(config, overwrite=True)) == 0
+    assert files_and_times(standing.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("train-00001-of-00003.tfrecord", None, "--overwrite makes it anew"),
+        ("manifest.json", "{", "not a dataset manifest"),
+        ("manifest.json", '{"format_version": 2}', "again, with --overwrite or"),
+        ("metrics.json", "[]", "or --overwrite"),
+    ],
+)
+def test_overwriting_a_damaged_dataset(standing, config, small_dataset, name, text, message):
+    (standing / name).unlink()
+    if text is not None:
+        (standing / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        execute(config)
+    assert execute(changed(config, overwrite=True)) == 0
+    assert_same_dataset(standing, small_dataset)
+
+
+def test_other_format_says_what_to_do(standing, config, monkeypatch, capfd):
+    raw = json.loads((standing / "manifest.json").read_text()) | {"format_version": 2}
+    (standing / "manifest.json").write_text(json.dumps(raw))
+    before = files_and_times(standing.parent)
+    argv = [f"--source={config.sources[0]}", f"--output_dir={standing}", "--num_shards=3"]
+    monkeypatch.setattr(sys, "argv", ["preprocess", *argv])
+    with pytest.raises(SystemExit) as caught:
+        preprocess.main()
+    out, err = capfd.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err == (
+        f"python -m pipeline.preprocess: error: {standing / 'manifest.json'}: format_version is 2,"
+        " expected 1; run pipeline.preprocess again, with --overwrite or into a new folder\n"
+    )
+    assert files_and_times(standing.parent) == before
+
+
+def test_overwriting_spares_what_is_no_dataset(config):
+    config.output_dir.mkdir()
+    (config.output_dir / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="out: already holds files"):
+        execute(changed(config, overwrite=True))
+    assert helpers.tree(config.output_dir.parent) == {"out/thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_swap_that_fails_keeps_the_old_dataset(standing, config, monkeypatch, nth):
+    before = helpers.tree(standing)
+    rename = pathlib.Path.rename
+    calls = []
+
+    def failing(self, target):
+        calls.append(self.name)
+        if len(calls) == nth:
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        execute(changed(config, split_by="hash", overwrite=True))
+    assert len(calls) >= nth
+    assert helpers.tree(standing) == before
+    assert [path.name for path in standing.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("state", ["aside", "swapped", "published", "half"])
+def test_run_after_one_that_was_killed(standing, config, monkeypatch, state):
+    """Whatever a run leaves that is killed as it publishes, the next one puts in order."""
+    monkeypatch.setattr(runners, "run", lambda *_: pytest.fail("was run"))
+    before = helpers.tree(standing)
+    parent = standing.parent
+    if state == "aside":  # the old one is moved, the new one not yet
+        shutil.copytree(standing, parent / ".out.incomplete")
+        (parent / ".out.incomplete/.lock").touch()
+        standing.rename(parent / ".out.replaced")
+    elif state == "swapped":  # the new one stands, the old one is not yet removed
+        shutil.copytree(standing, parent / ".out.replaced")
+        (standing / ".lock").touch()
+    elif state == "published":
+        (standing / ".lock").touch()
+    else:
+        (parent / ".out.incomplete/sub").mkdir(parents=True)
+        (parent / ".out.incomplete/sub/half").touch()
+    assert execute(config) == 0  # it is there already
+    assert helpers.tree(standing) == before
+    assert [path.name for path in parent.iterdir()] == ["out"]
+
+
 # Failures leave nothing behind
 
 
@@ -295,7 +711,7 @@ FAILURES = {
         "the train split would be empty",
     ),
     "reading": ({}, (idx, "_read_exactly", fail), "No space left"),
-    "writing a shard": ({}, (shards, "write_atomic", fail), "No space left"),
+    "writing a shard": ({}, (shards, "open_atomic", fail), "No space left"),
     "writing the manifest": ({}, (preprocess, "manifest_json", fail), "No space left"),
     "at the very end": ({}, (preprocess, "load_manifest", fail), "No space left"),
     "runner": ({"beam_arguments": ("--runner=NoSuchRunner",)}, None, "Unexpected pipeline runner"),
@@ -317,10 +733,49 @@ def test_failure_leaves_nothing(config, monkeypatch, values, patch, message, exi
 
 
 def test_rows_that_were_lost_are_noticed(small_idx, tmp_path):
-    source = open_source(f"idx:{small_idx}")
-    with pytest.raises(RuntimeError, match="720 rows in the source, 0 written"):
-        preprocess.write_manifest([], source, "hash", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    source = open_sources([f"idx:{small_idx}"])
+    job = preprocess.Job(
+        source=source,
+        splitter=make_splitter("hash", source, None, None),
+        options=shards.ShardOptions(num_shards=1),
+        max_quarantined=1.0,
+        directory=tmp_path,
+    )
+    for num_read, quarantined, message in (
+        (720, {}, "720 rows in the source, 720 read, 0 written, 0 quarantined, 0 dropped"),
+        (720, {"damaged": 719}, "720 read, 0 written, 719 quarantined, 0 dropped"),
+        (720, {"damaged": 721}, "720 read, 0 written, 721 quarantined, 0 dropped"),
+        (719, {"damaged": 719}, "720 rows in the source, 719 read, 0 written, 719 quarantined"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            preprocess.write_manifest(nothing_written(tmp_path / "x"), num_read, quarantined, job)
+    assert not (tmp_path / "manifest.json").exists()
+    preprocess.write_manifest(nothing_written(tmp_path), 720, {"damaged": 720}, job)
+    assert load_manifest(tmp_path).quarantined["count"] == 720
+
+
+def nothing_written(directory):
+    return [shards.write(np.zeros(0, ROW), 0, shards.ShardOptions(num_shards=1), directory)]
+
+
+@pytest.mark.parametrize("lost", ["read", "written"])
+def test_row_that_is_lost_on_the_way_fails_the_run(config, monkeypatch, lost):
+    if lost == "read":
+        read = idx.IdxSource.read
+
+        def one_less(self, block):
+            for rows in read(self, block):
+                yield rows._replace(
+                    positions=rows.positions[1:], pixels=rows.pixels[1:], labels=rows.labels[1:]
+                )
+
+        monkeypatch.setattr(idx.IdxSource, "read", one_less)
+    else:
+        write = shards.write
+        monkeypatch.setattr(shards, "write", lambda rows, *rest: write(rows[1:], *rest))
+    with pytest.raises(Exception, match=r"720 rows in the source, 7\d\d read, 7\d\d written"):
+        execute(config)
+    assert helpers.tree(config.output_dir.parent) == {}
 
 
 # The command line
@@ -340,7 +795,11 @@ def test_cli(small_idx, tmp_path):
     lines = first.stderr.splitlines()
     assert lines[0] == f"source auto: MNIST from $MNIST_IDX_DIR, {small_idx}"
     assert lines[1] == "reading images from IDX files"
-    assert lines[2].startswith("a/out: 500 train, 100 validation, 120 test; 10 classes; dataset ")
+    manifest = load_manifest(tmp_path / "a/out")
+    assert lines[2] == (
+        "a/out: 500 train, 100 validation, 120 test; 10 classes; 2.3 MB in 6 files; dataset "
+        + manifest.dataset_id
+    )
     assert len(lines) == 3
 
     before = files_and_times(tmp_path)
@@ -351,7 +810,7 @@ def test_cli(small_idx, tmp_path):
     assert (other.returncode, other.stdout) == (2, "")
     assert other.stderr.splitlines()[1:] == [
         "python -m pipeline.preprocess: error: a/out: holds another dataset;"
-        " expected a new or empty folder"
+        " expected a new or empty folder, or --overwrite"
     ]
     assert files_and_times(tmp_path) == before
 
@@ -374,7 +833,42 @@ BAD = {
         ["--source=digits", "--output_dir=out", "--num_shards=100000"],
         "--num_shards 100000: expected at most 99999",
     ),
-    "shards as text": (["--source=digits", "--output_dir=out", "--num_shards=x"], "--num_shards"),
+    "shards as text": (
+        ["--source=digits", "--output_dir=out", "--num_shards=x"],
+        "--num_shards: expected an integer of at least 1, got x",
+    ),
+    "fraction as text": (
+        ["--source=digits", "--output_dir=out", "--max_quarantined=few"],
+        "--max_quarantined: expected a number from 0 to 1, got few",
+    ),
+    "classes": (
+        ["--source=SMALL", "--output_dir=out", "--num_classes=1"],
+        "--num_classes 1: expected 2 to 256",
+    ),
+    "many classes": (
+        ["--source=SMALL", "--output_dir=out", "--num_classes=257"],
+        "--num_classes 257: expected 2 to 256",
+    ),
+    "classes of digits": (
+        ["--source=digits", "--output_dir=out", "--num_classes=10"],
+        "--num_classes 10: goes with idx: sources alone",
+    ),
+    "resizing idx": (
+        ["--source=SMALL", "--output_dir=out", "--resize"],
+        "--resize: goes with images: sources alone",
+    ),
+    "compression": (
+        ["--source=digits", "--output_dir=out", "--compression=zip"],
+        "--compression: invalid choice",
+    ),
+    "one bad source of two": (
+        ["--source=SMALL", "--source=idx:none", "--output_dir=out"],
+        "idx:none: no such folder",
+    ),
+    "overwriting what is no dataset": (
+        ["--source=SMALL", "--output_dir=file", "--overwrite"],
+        "file: already holds files",
+    ),
     "negative size": (
         ["--source=digits", "--output_dir=out", "--validation_size=-1"],
         "--validation_size -1: expected at least 0",
@@ -474,13 +968,13 @@ def test_beam_options_reach_the_runner(config, monkeypatch):
     class SeenError(Exception):
         pass
 
-    def seen(options, _):
+    def seen(options, *_):
         assert options.view_as(DirectOptions).direct_num_workers == 5
         assert options.view_as(StandardOptions).runner == runners.IN_PROCESS
         raise SeenError
 
     monkeypatch.setattr(runners, "run", seen)
-    argv = [f"--source={config.source}", f"--output_dir={config.output_dir}"]
+    argv = [f"--source={config.sources[0]}", f"--output_dir={config.output_dir}"]
     with pytest.raises(SeenError):
         execute(parse([*argv, "--direct_num_workers", "5", "--runner=DirectRunner"]))
 
@@ -493,6 +987,13 @@ def test_beam_options_reach_the_runner(config, monkeypatch):
         ["--split_by=hash", "--validation_fraction=0.1"],
         ["--split_by=positional", "--validation_size=0"],
         ["--validation_fraction=0.0"],
+        ["--validation_fraction=1"],
+        ["--validation_size=1"],
+        ["--num_shards=1"],
+        ["--max_quarantined=0"],
+        ["--max_quarantined=1"],
+        ["--compression=gzip", "--drop_leaks", "--resize"],
+        ["--num_classes=12"],
     ],
     ids=lambda flags: " ".join(flags) or "none",
 )
@@ -506,20 +1007,29 @@ def test_dataset_arguments_make_the_config_again(flags, tmp_path):
 
 
 def test_fingerprint(config, tmp_path):
-    source = open_source(config.source)
+    source = open_sources(config.sources)
     base = preprocess.fingerprint(config, source)
     same = [
         changed(config, output_dir=tmp_path / "other"),
         changed(config, beam_arguments=("--direct_num_workers=2",)),
         changed(config, split_by="positional"),  # what it is anyway
+        changed(config, validation_size=100),
+        changed(config, max_quarantined=0.5),
+        changed(config, overwrite=True),
     ]
     assert {preprocess.fingerprint(each, source) for each in same} == {base}
     others = [
         changed(config, num_shards=4),
         changed(config, split_by="hash"),
         changed(config, validation_size=7),
-        changed(config, validation_fraction=0.5),
+        changed(config, split_by="hash", validation_fraction=0.5),
+        changed(config, compression="gzip"),
+        changed(config, drop_leaks=True),
     ]
     found = [preprocess.fingerprint(each, source) for each in others]
-    found.append(preprocess.fingerprint(config, open_source("digits")))
-    assert len({base, *found}) == 6
+    found.append(preprocess.fingerprint(config, open_sources(["digits"])))
+    classes = changed(config, num_classes=11)
+    found.append(preprocess.fingerprint(classes, preprocess.open_sources_of(classes)))
+    assert len({base, *found}) == 9
+    hashed = changed(config, split_by="hash", validation_fraction=1 / 6)
+    assert preprocess.fingerprint(hashed, source) == found[1]

@@ -75,7 +75,7 @@ def make_model(tmp_path, name):
         dataset_id="data",
         run_id=f"run-{name}",
         accuracy=0.9,
-        source="digits",
+        sources=["digits"],
     )
     return folder, version
 

@@ -184,7 +184,7 @@ def test_run_id_depends_on_data_and_training_alone():
 def write_champion(root, **changes):
     version = Version(
         version=1, path="models/1", model_id="m", weights_sha256="w", dataset_id="d",
-        run_id="r", accuracy=0.9, source="digits",
+        run_id="r", accuracy=0.9, sources=["digits"],
     )  # fmt: skip
     fields = dataclasses.asdict(version) | changes
     storage.write_atomic(root / "models/champion.json", json.dumps(fields))
@@ -193,9 +193,22 @@ def write_champion(root, **changes):
 def test_auto_stays_what_it_was_for_the_champion(tmp_path, small_idx, monkeypatch):
     monkeypatch.setenv("MNIST_IDX_DIR", str(small_idx))
     config = retrain.parse(["--root", str(tmp_path)])
-    assert retrain.resolve_source(config).spec == f"idx:{small_idx}"
+    assert retrain.resolve_source(config).specs == (f"idx:{small_idx}",)
     write_champion(tmp_path)
-    assert retrain.resolve_source(config).spec == "digits"
+    assert retrain.resolve_source(config).specs == ("digits",)
+
+
+def test_several_sources(tmp_path, small_idx, monkeypatch):
+    monkeypatch.delenv("MNIST_IDX_DIR", raising=False)
+    argv = ["--root", str(tmp_path), "--source=digits", f"--source=idx:{small_idx}"]
+    config = retrain.parse(argv)
+    expected = ("digits", f"idx:{small_idx}")
+    assert retrain.resolve_source(config).specs == expected
+    write_champion(tmp_path, sources=list(expected))
+    assert retrain.resolve_source(retrain.parse(["--root", str(tmp_path)])).specs == expected
+    assert retrain.resolve_source(retrain.parse([*argv[:2], "--source=digits"])).specs == (
+        "digits",
+    )
 
 
 def test_the_ledger_survives_a_torn_line(tmp_path):
@@ -212,7 +225,8 @@ def test_decide_writes_numbers_and_reason():
         "per_class": [{"name": "0", "support": 100, "accuracy": 0.9}],
         "baseline": {"correct": 91, "model_id": "old"},
     }  # fmt: skip
-    decision = retrain.decide(report, Gate(), "run", "digits")
+    decision = retrain.decide(report, Gate(), "run", ("digits", "idx:/a"))
+    assert decision["sources"] == ["digits", "idx:/a"]
     assert decision["promoted"] is False
     assert decision["champion_model_id"] == "old"
     assert decision["checks"][-1] == {

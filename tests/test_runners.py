@@ -68,7 +68,7 @@ def test_options_that_beam_does_not_take(arguments, message):
 )
 def test_options_that_the_runner_refuses(argument, message):
     with pytest.raises(InputError, match="Beam refuses its options: ") as caught:
-        runners.run(runners.beam_options([argument]), lambda _: pytest.fail("was built"))
+        runners.run(runners.beam_options([argument]), lambda _: pytest.fail("was built"), "any")
     assert message in str(caught.value)
 
 
@@ -76,16 +76,22 @@ def run(function, *arguments):
     return runners.run(
         runners.beam_options(arguments),
         lambda root: root | beam.Create([1, 2, 3]) | beam.Map(function),
+        "any",
     )
 
 
-def test_counters():
+def test_metrics_of_one_namespace():
     def counted(n):
         Metrics.counter("any", "rows").inc()
         Metrics.counter("any", "sum").inc(n)
+        Metrics.counter("another", "rows").inc()
+        Metrics.distribution("any", "sizes").update(10 * n)
 
-    assert run(counted) == {"rows": 3, "sum": 6}
-    assert run(lambda n: n) == {}
+    assert run(counted) == runners.PipelineMetrics(
+        counters={"rows": 3, "sum": 6},
+        distributions={"sizes": {"count": 3, "sum": 60, "min": 10, "max": 30}},
+    )
+    assert run(lambda n: n) == runners.PipelineMetrics(counters={}, distributions={})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import requests
 from pipeline import preprocess
 from pipeline.command import InputError
 from pipeline.dataset import image_ids, load_manifest
-from pipeline.sources import Block, digits, idx, open_source, ranges, tfds
+from pipeline.sources import Block, digits, idx, open_sources, ranges, tfds
 
 # A download of TensorFlow Datasets is kept under its address and the base64 of its SHA-256.
 TFDS_DOWNLOADS = {
@@ -39,8 +39,10 @@ def read_all(source):
         assert all(each.part == part for each in rows)
         assert all(each.pixels.shape == (len(each.labels), 784) for each in rows)
         assert all((each.pixels.dtype, each.labels.dtype) == (np.uint8, np.int64) for each in rows)
-        positions = [each.first + i for each in rows for i in range(len(each.labels))]
+        positions = [int(i) for each in rows for i in each.positions]
         assert positions == list(range(size))
+        assert all(each.size == len(each.labels) == len(each.origins) for each in rows)
+        assert all(not each.faults for each in rows)
         found[part] = tuple(
             np.concatenate([getattr(each, name) for each in rows]) for name in ("pixels", "labels")
         )
@@ -75,24 +77,30 @@ def test_ranges(sizes, size, expected):
     ("spec", "message"),
     [
         ("", "unknown source; expected idx:DIR"),
-        ("nosuch", "--source nosuch: unknown source; expected idx:DIR, tfds:NAME, digits or auto"),
+        (
+            "nosuch",
+            "--source nosuch: unknown source; expected idx:DIR, tfds:NAME, images:DIR, digits or"
+            " auto",
+        ),
         ("IDX:/data", "unknown source"),
         (":", "unknown source"),
         (" digits", "unknown source"),
-        ("auto:x", "unknown source"),
+        ("auto:x", "--source auto:x: auto takes no argument; expected idx:DIR"),
         ("/data/mnist", "unknown source"),
         ("../sources/idx:x", "unknown source"),
-        ("idx", "expected something after the colon"),
+        ("idx", "--source idx: expected something after the colon"),
+        ("images", "--source images: expected something after the colon"),
+        ("images:", "expected something after the colon"),
         ("idx:", "expected something after the colon"),
         ("tfds:", "expected something after the colon"),
-        ("digits:8", "digits takes no argument"),
+        ("digits:8", "--source digits:8: digits takes no argument"),
         ("idx:/no/such/folder", "--source idx:/no/such/folder: no such folder"),
         ("idx:" + "x" * 300, "cannot be read: File name too long"),
     ],
 )
 def test_bad_spec(spec, message):
     with pytest.raises(InputError) as caught:
-        open_source(spec)
+        open_sources([spec])
     assert message in str(caught.value)
 
 
@@ -110,7 +118,7 @@ def test_idx(tmp_path, monkeypatch, gz, test_stem, rows_per_block, rows_at_once)
     monkeypatch.setattr(idx, "ROWS_PER_BLOCK", rows_per_block)
     monkeypatch.setattr(idx, "ROWS_AT_ONCE", rows_at_once)
     data = helpers.make_images(25, 11)
-    source = open_source(f"idx:{helpers.write_idx(tmp_path, data, gz=gz, test_stem=test_stem)}")
+    source = open_sources([f"idx:{helpers.write_idx(tmp_path, data, gz=gz, test_stem=test_stem)}"])
     assert_holds(source, data)
     assert len(source.blocks()) == sum(-(-n // rows_per_block) for n in (25, 11))
     for block in source.blocks():
@@ -123,7 +131,7 @@ def test_idx_block_is_read_alone_and_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(idx, "ROWS_PER_BLOCK", 4)
     data = helpers.make_images(25, 11)
     source = pickle.loads(
-        pickle.dumps(open_source(f"idx:{helpers.write_idx(tmp_path, data, gz=True)}"))
+        pickle.dumps(open_sources([f"idx:{helpers.write_idx(tmp_path, data, gz=True)}"]))
     )
     for block in reversed(source.blocks()):
         (rows,) = source.read(block)
@@ -135,16 +143,16 @@ def test_idx_names_with_a_dot(tmp_path):
     helpers.write_idx(tmp_path, helpers.make_images(25, 11))
     for path in list(tmp_path.iterdir()):
         path.rename(path.with_name(path.name.replace("-idx", ".idx")))
-    assert open_source(f"idx:{tmp_path}").part_sizes == {"train": 25, "test": 11}
+    assert open_sources([f"idx:{tmp_path}"]).part_sizes == {"train": 25, "test": 11}
 
 
 def test_idx_is_small_and_opens_again(tmp_path, monkeypatch):
     helpers.write_idx(tmp_path / "a", helpers.make_images(25, 11))
     monkeypatch.chdir(tmp_path)
-    source = open_source("idx:a")
+    source = open_sources(["idx:a"])
     assert len(pickle.dumps(source)) < 2000
     monkeypatch.chdir("/")
-    assert open_source(source.spec) == source
+    assert open_sources(source.specs) == source
     assert_holds(source, helpers.make_images(25, 11))
     assert "a" not in source.describe().values() and str(tmp_path) not in str(source.describe())
 
@@ -154,20 +162,40 @@ def test_idx_classes_are_those_of_both_parts(tmp_path):
     data["train"][1][:] = np.arange(25) % 3
     data["test"][1][:] = 0
     data["test"][1][4] = 12
-    source = open_source(f"idx:{helpers.write_idx(tmp_path, data)}")
+    source = open_sources([f"idx:{helpers.write_idx(tmp_path, data)}"])
     assert source.class_names == tuple(str(label) for label in range(13))
+
+
+def test_idx_of_a_given_number_of_classes(tmp_path):
+    data = helpers.make_images(25, 11)
+    folder = helpers.write_idx(tmp_path, data)
+    for num_classes in (2, 10, 256):
+        source = open_sources([f"idx:{folder}"], num_classes=num_classes)
+        assert source.class_names == tuple(str(label) for label in range(num_classes))
+        assert_holds(source, data)  # a label beyond them is for validation to find
+
+
+def test_idx_origins_name_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(idx, "ROWS_PER_BLOCK", 7)
+    source = open_sources([f"idx:{helpers.write_idx(tmp_path, helpers.make_images(25, 11))}"])
+    names = [
+        name for block in source.blocks() for rows in source.read(block) for name in rows.origins
+    ]
+    assert names == [f"train-images-idx3-ubyte#{i}" for i in range(25)] + [
+        f"t10k-images-idx3-ubyte#{i}" for i in range(11)
+    ]
 
 
 def test_idx_fingerprint_tells_a_change_but_not_a_place(tmp_path):
     folder = helpers.write_idx(tmp_path / "a", helpers.make_images(25, 11))
-    first = open_source(f"idx:{folder}").fingerprint()
+    first = open_sources([f"idx:{folder}"]).fingerprint()
     assert json.loads(json.dumps(first)) == first
     copy = shutil.copytree(folder, tmp_path / "b")  # with its times
-    assert open_source(f"idx:{copy}").fingerprint() == first
+    assert open_sources([f"idx:{copy}"]).fingerprint() == first
     for path in copy.iterdir():
-        before = open_source(f"idx:{copy}").fingerprint()
+        before = open_sources([f"idx:{copy}"]).fingerprint()
         path.write_bytes(path.read_bytes())
-        assert open_source(f"idx:{copy}").fingerprint() != before, path.name
+        assert open_sources([f"idx:{copy}"]).fingerprint() != before, path.name
 
 
 def header(*shape, kind=8):
@@ -212,14 +240,14 @@ def test_bad_idx_file(tmp_path, case, gz):
         for suffix, data in good.items():
             path = tmp_path / (f"{part}-{suffix}" + ".gz" * gz)
             path.write_bytes(gzip.compress(data) if gz else data)
-    open_source(f"idx:{tmp_path}")
+    open_sources([f"idx:{tmp_path}"])
     bad = tmp_path / (name + ".gz" * gz)
     if content is None:
         bad.unlink()
     else:
         bad.write_bytes(gzip.compress(content) if gz else content)
     with pytest.raises(InputError) as caught:
-        open_source(f"idx:{tmp_path}")
+        open_sources([f"idx:{tmp_path}"])
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path if content is None else bad) + ": ")
 
@@ -227,7 +255,7 @@ def test_bad_idx_file(tmp_path, case, gz):
 def test_idx_without_images(tmp_path):
     data = helpers.make_images(25, 11) | {"test": (np.zeros((0, 28, 28)), np.zeros(0))}
     with pytest.raises(InputError, match="t10k-images-idx3-ubyte: holds no images"):
-        open_source(f"idx:{helpers.write_idx(tmp_path, data)}")
+        open_sources([f"idx:{helpers.write_idx(tmp_path, data)}"])
 
 
 def test_idx_of_one_class(tmp_path):
@@ -235,13 +263,13 @@ def test_idx_of_one_class(tmp_path):
     for _, labels in data.values():
         labels[:] = 0
     with pytest.raises(InputError, match="every label is 0; expected at least two classes"):
-        open_source(f"idx:{helpers.write_idx(tmp_path, data)}")
+        open_sources([f"idx:{helpers.write_idx(tmp_path, data)}"])
 
 
 def test_idx_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="no such folder"):
-        open_source(f"idx:{tmp_path / 'file'}")
+        open_sources([f"idx:{tmp_path / 'file'}"])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +291,7 @@ def test_broken_gzip(tmp_path, damage):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError) as caught:
-        open_source(f"idx:{tmp_path}")
+        open_sources([f"idx:{tmp_path}"])
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -275,7 +303,7 @@ def test_gzip_that_swells_is_not_held_in_memory(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=f"{size} bytes of data, its header says 25 x 28 x 28"):
-            open_source(f"idx:{tmp_path}")
+            open_sources([f"idx:{tmp_path}"])
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -284,7 +312,9 @@ def test_gzip_that_swells_is_not_held_in_memory(tmp_path):
 
 @pytest.mark.parametrize("gz", [False, True], ids=["plain", "gzip"])
 def test_idx_that_shrinks_later(tmp_path, gz):
-    source = open_source(f"idx:{helpers.write_idx(tmp_path, helpers.make_images(25, 11), gz=gz)}")
+    source = open_sources(
+        [f"idx:{helpers.write_idx(tmp_path, helpers.make_images(25, 11), gz=gz)}"]
+    )
     helpers.write_idx(tmp_path, helpers.make_images(24, 11), gz=gz)
     with pytest.raises(RuntimeError, match="changed while it was read"):
         read_all(source)
@@ -294,7 +324,7 @@ def test_idx_that_shrinks_later(tmp_path, gz):
 
 
 def test_digits():
-    source = open_source("digits")
+    source = open_sources(["digits"])
     data = read_all(source)
     assert sum(source.part_sizes.values()) == 1797
     assert 300 < source.part_sizes["test"] < 420  # about a fifth
@@ -308,10 +338,10 @@ def test_digits():
 
 
 def test_digits_are_the_same_each_time(monkeypatch):
-    first = read_all(open_source("digits"))
+    first = read_all(open_sources(["digits"]))
     digits._load.cache_clear()
     monkeypatch.setattr(digits, "ROWS_PER_BLOCK", 100)
-    again = read_all(pickle.loads(pickle.dumps(open_source("digits"))))
+    again = read_all(pickle.loads(pickle.dumps(open_sources(["digits"]))))
     for part in first:
         for one, two in zip(first[part], again[part], strict=True):
             np.testing.assert_array_equal(one, two)
@@ -321,7 +351,7 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    data = read_all(open_source("digits"))
+    data = read_all(open_sources(["digits"]))
     counts = np.bincount(np.concatenate([labels for _, labels in data.values()]))
     assert counts.tolist() == np.bincount(labels).tolist()
     # Shrunk to 8x8 again they are the pictures they were made from.
@@ -393,7 +423,7 @@ def test_tfds(own_set, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds, "ROWS_PER_BLOCK", 10)
     monkeypatch.setattr(tfds, "ROWS_AT_ONCE", 4)
     data = helpers.make_images(25, 11)
-    source = open_source(f"tfds:{own_set(data=data)}")
+    source = open_sources([f"tfds:{own_set(data=data)}"])
     blocks = source.blocks()
     assert [block.size for block in blocks] == [10, 10, 5, 10, 1]
     assert [len(rows.labels) for rows in source.read(blocks[0])] == [4, 4, 2]
@@ -418,7 +448,7 @@ def test_tfds_and_idx_make_the_same_dataset(own_set, small_idx, tmp_path):
     for spec in (f"idx:{small_idx}", f"tfds:{own_set(data=helpers.make_images())}"):
         folder = tmp_path / str(len(made))
         config = preprocess.PreprocessConfig(
-            source=spec, output_dir=folder, num_shards=2, split_by="hash"
+            sources=(spec,), output_dir=folder, num_shards=2, split_by="hash"
         )
         assert preprocess.execute(config) == 0
         made.append(load_manifest(folder))
@@ -442,7 +472,7 @@ def test_tfds_and_idx_make_the_same_dataset(own_set, small_idx, tmp_path):
 def test_tfds_that_is_no_set_of_digits(own_set, kwargs, message):
     name = own_set(**kwargs)
     with pytest.raises(InputError) as caught:
-        open_source(f"tfds:{name}")
+        open_sources([f"tfds:{name}"])
     assert str(caught.value) == f"--source tfds:small_set: {message}"
 
 
@@ -451,14 +481,14 @@ def test_tfds_that_is_no_set_of_digits(own_set, kwargs, message):
 )
 def test_tfds_that_is_not_there(library, name):
     with pytest.raises(InputError) as caught:
-        open_source(f"tfds:{name}")
+        open_sources([f"tfds:{name}"])
     assert str(caught.value).startswith(f"--source tfds:{name}: no such data set: ")
     assert "\n" not in str(caught.value)
 
 
 def test_tfds_that_cannot_be_downloaded(library):
     with pytest.raises(InputError, match=r"cannot be prepared: storage.* cannot be reached$"):
-        open_source("tfds:mnist")
+        open_sources(["tfds:mnist"])
 
 
 def test_requests_fail_at_once_without_a_network():
@@ -503,9 +533,9 @@ def test_network_that_does_not_answer(monkeypatch):
 READ_TFDS = """
 import sys, numpy as np
 from pipeline.dataset import image_ids
-from pipeline.sources import open_source, tfds
+from pipeline.sources import open_sources, tfds
 tfds.network_reachable = lambda: False
-source = open_source("tfds:mnist")
+source = open_sources(["tfds:mnist"])
 for part in source.part_sizes:
     rows = [r for block in source.blocks() if block.part == part for r in source.read(block)]
     ids = [name for r in rows for name in image_ids(r.pixels)]
@@ -526,7 +556,7 @@ def test_tfds_mnist_from_downloads(mnist_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tuple('0123456789')} mnist/3.0.1"
-    for part, (pixels, labels) in read_all(open_source(f"idx:{mnist_dir}")).items():
+    for part, (pixels, labels) in read_all(open_sources([f"idx:{mnist_dir}"])).items():
         found = np.load(tmp_path / f"{part}.npz")
         assert collections.Counter(
             zip(found["ids"].tolist(), found["labels"].tolist(), strict=True)
@@ -544,26 +574,34 @@ def lines(caplog):
 
 def test_auto_takes_the_variable_first(small_idx, monkeypatch, lines):
     monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
-    source = open_source("auto", {"MNIST_IDX_DIR": str(small_idx)})
-    assert source == open_source(f"idx:{small_idx}")
+    source = open_sources(["auto"], environ={"MNIST_IDX_DIR": str(small_idx)})
+    assert source == open_sources([f"idx:{small_idx}"])
     assert lines() == [("INFO", f"source auto: MNIST from $MNIST_IDX_DIR, {small_idx}")]
 
 
 def test_auto_does_not_pass_over_a_wrong_variable(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
     with pytest.raises(InputError, match="no train-images-idx3-ubyte"):
-        open_source("auto", {"MNIST_IDX_DIR": str(tmp_path)})
+        open_sources(["auto"], environ={"MNIST_IDX_DIR": str(tmp_path)})
+
+
+def test_auto_takes_the_number_of_classes_for_idx_files_alone(small_idx, monkeypatch):
+    monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
+    environ = {"MNIST_IDX_DIR": str(small_idx)}
+    assert len(open_sources(["auto"], num_classes=12, environ=environ).class_names) == 12
+    with pytest.raises(InputError, match="--num_classes 12: goes with idx: sources alone"):
+        open_sources(["auto"], num_classes=12, environ={})
 
 
 @pytest.mark.parametrize("environ", [{}, {"MNIST_IDX_DIR": ""}], ids=["unset", "empty"])
 def test_auto_asks_tfds_next(monkeypatch, lines, environ):
     monkeypatch.setattr(tfds, "open_source", lambda name: f"opened {name}")
-    assert open_source("auto", environ) == "opened mnist"
+    assert open_sources(["auto"], environ=environ) == "opened mnist"
     assert lines() == [("INFO", "source auto: MNIST from TensorFlow Datasets")]
 
 
 def test_auto_falls_back_to_digits_and_says_so(library, lines):
-    source = open_source("auto", {})
-    assert source == open_source("digits")
+    source = open_sources(["auto"], environ={})
+    assert source == open_sources(["digits"])
     ((level, line),) = lines()
     assert level == "WARNING" and "not MNIST" in line and "cannot be reached" in line

@@ -313,3 +313,181 @@ def test_require_absent(tmp_path, name, refused):
     (tmp_path / "full" / "sub").mkdir(parents=True)
     with pytest.raises(InputError) if refused else contextlib.nullcontext():
         storage.require_absent(tmp_path / name)
+
+
+# Replacing a folder
+
+
+@pytest.fixture
+def old(tmp_path):
+    final = tmp_path / "final"
+    (final / "sub").mkdir(parents=True)
+    (final / "file").write_bytes(b"old")
+    (final / "sub" / "file").write_bytes(b"old")
+    return final
+
+
+OLD, NEW = {"file": b"old", "sub/file": b"old"}, {"file": b"new", "other": b"new"}
+
+
+def put_new(final):
+    with storage.published_whole(final, replace=True) as staging:
+        for name, content in NEW.items():
+            (staging / name).write_bytes(content)
+        if final.exists():
+            assert helpers.tree(final) == OLD  # until the end
+
+
+def test_replacing(old):
+    put_new(old)
+    assert helpers.tree(old) == NEW
+    assert names(old.parent) == ["final"]
+
+
+def test_replacing_nothing(tmp_path):
+    put_new(tmp_path / "final")
+    assert helpers.tree(tmp_path) == {f"final/{name}": data for name, data in NEW.items()}
+
+
+def test_replacing_what_a_link_leads_to(old, tmp_path):
+    (tmp_path / "link").symlink_to("final")
+    put_new(tmp_path / "link")
+    assert helpers.tree(old) == NEW and (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["final", "link"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failure_keeps_the_old_folder(old, error):
+    with pytest.raises(error), storage.published_whole(old, replace=True) as staging:
+        (staging / "file").write_bytes(b"half")
+        raise error
+    assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_rename_that_fails_keeps_the_old_folder(old, monkeypatch, nth):
+    rename = Path.rename
+    calls = []
+
+    def failing(self, target):
+        calls.append(self.name)
+        if len(calls) == nth + 1:
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        put_new(old)
+    assert calls[: nth + 1] == ["final", ".final.incomplete"][: nth + 1]
+    assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
+
+
+def killed_at(nth, final, after):
+    """Replaces `final` in a child that ends at its nth step; tells whether it came to the end."""
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def ending(function):
+            def step(*args, **kwargs):
+                nonlocal steps
+                steps += 1
+                chosen = steps == nth
+                try:
+                    return os._exit(9) if chosen and not after else function(*args, **kwargs)
+                finally:
+                    if chosen:
+                        os._exit(9)
+
+            return step
+
+        try:
+            for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "unlink"), (os, "rmdir")):
+                setattr(owner, name, ending(getattr(owner, name)))
+            put_new(final)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before a step", "after a step"])
+@pytest.mark.parametrize("again", [False, True], ids=["put in order", "tried again"])
+def test_killed_while_replacing(tmp_path, after, again):
+    seen = []
+    for nth in range(1, 100):
+        final = tmp_path / str(nth) / "final"
+        (final / "sub").mkdir(parents=True)
+        for name, content in OLD.items():
+            (final / name).write_bytes(content)
+        if killed_at(nth, final, after):
+            break
+        if final.exists():
+            found = helpers.tree(final)
+            found.pop(".lock", None)
+            assert found in (OLD, NEW)
+        seen.append(final.exists() and found)
+        if again:
+            put_new_over(final)
+        else:
+            storage.recover(final)
+        assert helpers.tree(final) == (NEW if again or seen[-1] == NEW else OLD)
+        assert names(final.parent) == ["final"]
+    assert OLD in seen and NEW in seen and False in seen
+
+
+def put_new_over(final):
+    with storage.published_whole(final, replace=True) as staging:
+        for name, content in NEW.items():
+            (staging / name).write_bytes(content)
+
+
+def test_recovering_where_nothing_is_amiss(old, tmp_path):
+    before = (old.stat().st_mtime_ns, old.stat().st_ino, tmp_path.stat().st_mtime_ns)
+    storage.recover(old)
+    storage.recover(tmp_path / "none" / "below")
+    assert (old.stat().st_mtime_ns, old.stat().st_ino, tmp_path.stat().st_mtime_ns) == before
+    assert helpers.tree(old) == OLD and names(tmp_path) == ["final"]
+
+
+def test_recovering_leaves_another_process_at_its_work(old):
+    with storage.published_whole(old, replace=True) as staging:
+        (staging / "file").write_bytes(b"new")
+        storage.recover(old)
+        assert helpers.tree(staging) == {".lock": b"", "file": b"new"}
+    assert helpers.tree(old) == {"file": b"new"}
+    with storage.locked(old):
+        storage.recover(old)
+        assert names(old) == [".lock", "file"]
+    storage.recover(old)
+    assert names(old) == ["file"]
+
+
+def test_folder_is_removed_though_another_process_removes_it_too(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "b", "sub/c"):
+        (folder / name).touch()
+    unlink = os.unlink
+
+    def twice(path, **kwargs):
+        unlink(path, **kwargs)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", twice)
+    storage.remove(folder)
+    assert names(tmp_path) == []
+
+
+def test_folder_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+
+    def refuse(*_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PermissionError, match="no"):
+        storage.remove(tmp_path / "folder")

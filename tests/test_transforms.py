@@ -7,12 +7,23 @@ import pytest
 
 from pipeline import runners, transforms
 from pipeline.command import InputError
-from pipeline.dataset import SPLITS, id_bits, image_ids
-from pipeline.sources import RawRows, open_source
-from pipeline.transforms import ROW, Splitter, make_splitter, shard_rows
+from pipeline.dataset import SPLITS, id_bits, image_digests, image_ids
+from pipeline.shards import ShardOptions
+from pipeline.sources import Fault, NumberedRows, RawRows, open_sources
+from pipeline.splits import Splitter, make_splitter
+from pipeline.transforms import ROW, Quarantined, compress, decompress, pack, validate
 
 TRAIN, VALIDATION, TEST = range(3)
-IDS = image_ids(np.random.default_rng(0).integers(0, 256, (3000, 784), np.uint8))
+DIGESTS = image_digests(np.random.default_rng(0).integers(0, 256, (3000, 784), np.uint8))
+NOWHERE = np.zeros(len(DIGESTS), np.int64)  # by hash, positions mean nothing
+
+
+class Sized:
+    """A source as far as a splitter looks at it."""
+
+    def __init__(self, train_size, has_order=True):
+        self.part_sizes = {"train": train_size, "test": 10}
+        self.has_order = has_order
 
 
 # The split
@@ -35,7 +46,7 @@ IDS = image_ids(np.random.default_rng(0).integers(0, 256, (3000, 784), np.uint8)
     ],
 )
 def test_make_splitter(by, train_size, size, fraction, expected):
-    assert make_splitter(by, train_size, size, fraction) == expected
+    assert make_splitter(by, Sized(train_size), size, fraction) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,8 +64,14 @@ def test_make_splitter(by, train_size, size, fraction, expected):
 )
 def test_make_splitter_refuses(by, size, fraction, message):
     with pytest.raises(InputError) as caught:
-        make_splitter(by, 600, size, fraction)
+        make_splitter(by, Sized(600), size, fraction)
     assert message in str(caught.value)
+
+
+def test_positions_that_mean_nothing_are_refused():
+    with pytest.raises(InputError, match="image files stand in the order of their classes"):
+        make_splitter("positional", Sized(600, has_order=False), None, None)
+    assert make_splitter("hash", Sized(600, has_order=False), None, None).by == "hash"
 
 
 @pytest.mark.parametrize(
@@ -68,57 +85,64 @@ def test_make_splitter_refuses(by, size, fraction, message):
 )
 def test_positional_split_takes_the_first_rows(first, expected):
     splitter = Splitter(by="positional", validation_size=10)
-    assert splitter("train", first, IDS[:4]).tolist() == expected
-    assert splitter("test", first, IDS[:4]).tolist() == [TEST] * 4
+    positions = np.arange(first, first + 4)
+    assert splitter("train", positions, DIGESTS[:4]).tolist() == expected
+    assert splitter("train", positions[::-1], DIGESTS[:4]).tolist() == expected[::-1]
+    assert splitter("test", positions, DIGESTS[:4]).tolist() == [TEST] * 4
 
 
 @pytest.mark.parametrize("by", ["positional", "hash"])
 def test_split_of_no_rows(by):
     splitter = Splitter(by=by)
     for part in ("train", "test"):
-        found = splitter(part, 0, [])
+        found = splitter(part, np.zeros(0, np.int64), DIGESTS[:0])
         assert (found.shape, found.dtype) == ((0,), np.uint8)
 
 
 def test_hash_split_goes_by_the_first_32_bits():
     splitter = Splitter(by="hash", validation_fraction=0.25)
-    ids = [f"{first}{'0' * 24}" for first in ("00000000", "3fffffff", "40000000", "ffffffff")]
-    assert splitter("train", 5, ids).tolist() == [VALIDATION, VALIDATION, TRAIN, TRAIN]
-    assert splitter("test", 5, ids).tolist() == [TEST] * 4
+    ids = [f"{first}{'f0' * 12}" for first in ("00000000", "3fffffff", "40000000", "ffffffff")]
+    digests = np.array([list(bytes.fromhex(name)) for name in ids], np.uint8)
+    positions = np.arange(5, 9)
+    assert splitter("train", positions, digests).tolist() == [VALIDATION, VALIDATION, TRAIN, TRAIN]
+    assert splitter("test", positions, digests).tolist() == [TEST] * 4
 
 
 def test_hash_split_is_about_its_fraction():
     for fraction in (1 / 6, 0.5):
-        found = Splitter(by="hash", validation_fraction=fraction)("train", 0, IDS)
+        found = Splitter(by="hash", validation_fraction=fraction)("train", NOWHERE, DIGESTS)
         share = (found == VALIDATION).mean()
-        assert abs(share - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / len(IDS))
+        assert abs(share - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / len(DIGESTS))
     for fraction, split in ((0.0, TRAIN), (1.0, VALIDATION)):
-        found = Splitter(by="hash", validation_fraction=fraction)("train", 0, IDS)
+        found = Splitter(by="hash", validation_fraction=fraction)("train", NOWHERE, DIGESTS)
         assert (found == split).all()
 
 
 def test_hash_split_moves_no_row_when_the_source_is_reordered_or_grows():
-    splitter = make_splitter("hash", 100, None, None)
-    before = dict(zip(IDS[:100], splitter("train", 0, IDS[:100]).tolist(), strict=True))
-    order = np.random.default_rng(1).permutation(len(IDS))
-    shuffled = [IDS[i] for i in order]
-    grown = dict(zip(shuffled, splitter("train", 7, shuffled).tolist(), strict=True))
+    splitter = make_splitter("hash", Sized(100), None, None)
+    names = [digest.tobytes() for digest in DIGESTS]
+    found = splitter("train", NOWHERE[:100], DIGESTS[:100])
+    before = dict(zip(names[:100], found.tolist(), strict=True))
+    order = np.random.default_rng(1).permutation(len(DIGESTS))
+    shuffled = [names[i] for i in order]
+    found = splitter("train", np.arange(7, 7 + len(order)), DIGESTS[order])
+    grown = dict(zip(shuffled, found.tolist(), strict=True))
     assert {name: grown[name] for name in before} == before
     assert set(before.values()) == {TRAIN, VALIDATION}
 
 
 def test_larger_fraction_only_adds_to_validation():
     small, large = (
-        Splitter(by="hash", validation_fraction=f)("train", 0, IDS) == VALIDATION
+        Splitter(by="hash", validation_fraction=f)("train", NOWHERE, DIGESTS) == VALIDATION
         for f in (0.1, 0.3)
     )
     assert (large[small]).all() and large.sum() > small.sum()
 
 
 def test_splits_and_shards_are_independent():
-    split = Splitter(by="hash", validation_fraction=0.5)("train", 0, IDS)
-    shard = np.array([id_bits(name, 64, 64) % 2 for name in IDS])
-    assert abs((split == shard).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(IDS))
+    split = Splitter(by="hash", validation_fraction=0.5)("train", NOWHERE, DIGESTS)
+    shard = np.array([id_bits(digest.tobytes().hex(), 64, 64) % 2 for digest in DIGESTS])
+    assert abs((split == shard).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(DIGESTS))
 
 
 # Rows on their way through the shuffle
@@ -127,13 +151,20 @@ def test_splits_and_shards_are_independent():
 def raw_rows(num_rows, part="train", first=0, seed=0):
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (num_rows, 784), np.uint8)
-    return RawRows(part, first, pixels, random.integers(0, 10, num_rows))
+    positions = np.arange(first, first + num_rows)
+    origins = NumberedRows("file", positions)
+    return RawRows(part, positions, pixels, random.integers(0, 10, num_rows), origins)
 
 
-def test_shard_rows():
+def packed_rows(rows, splitter, num_shards):
+    """(shard number, its rows as a table) of everything that `pack` yields."""
+    return [(index, decompress([data])) for index, data in pack(rows, splitter, num_shards)]
+
+
+def test_pack():
     rows = raw_rows(60, first=5)
     splitter = Splitter(by="positional", validation_size=20)
-    found = {index: np.frombuffer(packed, ROW) for index, packed in shard_rows(rows, splitter, 4)}
+    found = dict(packed_rows(rows, splitter, 4))
     assert sorted(found) == [0, 1, 2, 3]
     position = {row.tobytes(): i for i, row in enumerate(rows.pixels)}
     seen = []
@@ -142,26 +173,69 @@ def test_shard_rows():
             i = position[row["pixels"].tobytes()]
             seen.append(i)
             assert row["label"] == rows.labels[i]
-            assert row["id"].decode() == image_ids(rows.pixels[i : i + 1])[0]
+            name = f"{row['id'][0]:016x}{row['id'][1]:016x}"
+            assert name == image_ids(rows.pixels[i : i + 1])[0]
             assert row["split"] == (VALIDATION if i + 5 < 20 else TRAIN)
-            assert int(row["id"].decode()[16:], 16) % 4 == index
+            assert int(name[16:], 16) % 4 == index
     assert sorted(seen) == list(range(60))
 
 
 def test_copies_meet_in_one_shard_whatever_their_part():
     rows = raw_rows(30)
-    splitter = make_splitter("hash", 30, None, None)
+    splitter = make_splitter("hash", Sized(30), None, None)
     where = collections.defaultdict(set)
     for part in ("train", "test"):
-        for index, packed in shard_rows(rows._replace(part=part), splitter, 5):
-            for row in np.frombuffer(packed, ROW):
-                where[row["id"]].add(index)
+        for index, packed in packed_rows(rows._replace(part=part), splitter, 5):
+            for row in packed:
+                where[row["id"].tobytes()].add(index)
     assert len(where) == 30 and all(len(indices) == 1 for indices in where.values())
 
 
 def test_rows_of_one_shard():
-    ((index, packed),) = shard_rows(raw_rows(9), Splitter(by="hash"), 1)
-    assert index == 0 and len(np.frombuffer(packed, ROW)) == 9
+    ((index, packed),) = packed_rows(raw_rows(9), Splitter(by="hash"), 1)
+    assert index == 0 and len(packed) == 9
+
+
+def test_no_rows_are_packed_to_nothing():
+    assert list(pack(raw_rows(0), Splitter(by="hash"), 3)) == []
+
+
+def test_pieces_are_unpacked_to_one_table():
+    table = np.zeros(7, ROW)
+    table["label"] = range(7)
+    table["pixels"] = raw_rows(7).pixels
+    pieces = [compress(table[:3]), compress(table[:0]), compress(table[3:])]
+    assert decompress(pieces).tobytes() == table.tobytes()
+    assert len(decompress([])) == 0
+    assert len(compress(np.zeros(100, ROW))) < 1000
+
+
+# What cannot be written
+
+
+def test_validate():
+    rows = raw_rows(6, first=40)._replace(labels=np.array([0, 9, 10, -1, 255, 3]))
+    faults = (Fault("damaged", "train/a.png", "f" * 32),)
+    kept, set_aside = validate(rows._replace(faults=faults), 10)
+    ids = image_ids(rows.pixels)
+    assert set_aside == [
+        Quarantined(ids[2], "label out of range", "file#42", "train"),
+        Quarantined(ids[3], "label out of range", "file#43", "train"),
+        Quarantined(ids[4], "label out of range", "file#44", "train"),
+        Quarantined("f" * 32, "damaged", "train/a.png", "train"),
+    ]
+    # The positional split goes by where a row stands, whatever is set aside before it.
+    assert kept.positions.tolist() == [40, 41, 45]
+    assert kept.labels.tolist() == [0, 9, 3]
+    np.testing.assert_array_equal(kept.pixels, rows.pixels[[0, 1, 5]])
+    assert (kept.part, kept.size, len(kept.faults)) == ("train", 3, 0)
+
+
+def test_nothing_to_set_aside():
+    rows = raw_rows(5)
+    kept, set_aside = validate(rows, 10)
+    assert set_aside == [] and kept.size == 5
+    np.testing.assert_array_equal(kept.pixels, rows.pixels)
 
 
 # The graph
@@ -169,29 +243,38 @@ def test_rows_of_one_shard():
 
 @pytest.fixture
 def in_process():
-    return lambda build: runners.run(runners.beam_options([]), build)
+    return lambda build: runners.run(runners.beam_options([]), build, transforms.NAMESPACE)
 
 
 def test_read_and_write_in_the_graph(small_idx, small_dataset, tmp_path, in_process):
-    source = open_source(f"idx:{small_idx}")
-    splitter = make_splitter("positional", 600, None, None)
-    counters = in_process(
+    source = open_sources([f"idx:{small_idx}"])
+    splitter = make_splitter("positional", source, None, None)
+    options = ShardOptions(num_shards=3)
+    metrics = in_process(
         lambda root: (
-            root | transforms.ReadRows(source) | transforms.WriteShards(splitter, 3, tmp_path)
+            root | transforms.ReadRows(source) | transforms.WriteShards(splitter, options, tmp_path)
         )
     )
     expected = helpers.tree(small_dataset)
     assert helpers.tree(tmp_path) == {
         name: content for name, content in expected.items() if name.endswith(".tfrecord")
     }
-    assert counters == {
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert metrics.counters == {
         "read-train": 600,
         "read-test": 120,
         "written-train": 500,
         "written-validation": 100,
         "written-test": 120,
-        "written-bytes": sum(path.stat().st_size for path in tmp_path.iterdir()),
+        "written-bytes": sum(sizes),
     }
+    assert metrics.distributions["shard-bytes"] == {
+        "count": 9,
+        "sum": sum(sizes),
+        "min": min(sizes),
+        "max": max(sizes),
+    }
+    assert metrics.distributions["shard-write-msec"]["count"] == 3
 
 
 def test_every_shard_number_has_its_files(tmp_path, in_process):
@@ -200,7 +283,7 @@ def test_every_shard_number_has_its_files(tmp_path, in_process):
         lambda root: (
             root
             | beam.Create([rows]).with_output_types(RawRows)
-            | transforms.WriteShards(Splitter(by="hash"), 20, tmp_path)
+            | transforms.WriteShards(Splitter(by="hash"), ShardOptions(num_shards=20), tmp_path)
         )
     )
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}

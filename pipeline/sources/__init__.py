@@ -170,8 +170,8 @@ def _open(spec: str, num_classes: int | None, resize: bool, environ: Mapping[str
     kind, _, argument = spec.partition(":")
     if kind not in (*KINDS, "auto"):
         raise InputError(f"--source {spec}: unknown source; expected {SYNTAX}")
-    if (kind in ("digits", "auto")) == (":" in spec):
-        raise InputError(f"--source {spec}: expected {SYNTAX}")
+    if kind in ("digits", "auto") and ":" in spec:
+        raise InputError(f"--source {spec}: {kind} takes no argument; expected {SYNTAX}")
     if kind not in ("digits", "auto") and not argument:
         raise InputError(f"--source {spec}: expected something after the colon: {SYNTAX}")
     module = importlib.import_module(f"pipeline.sources.{kind}")

@@ -16,12 +16,17 @@ def open_source(environ: Mapping[str, str], num_classes: int | None = None) -> S
     Says which, and why, in one line.
 
     Raises:
-        InputError: ``$MNIST_IDX_DIR`` is set but holds no readable IDX files.
+        InputError: ``$MNIST_IDX_DIR`` is set but holds no readable IDX files, or it is not set
+            and a number of classes was asked for.
     """
     if directory := environ.get(VARIABLE):
         source: Source = idx.open_source(directory, num_classes)
         log.info("source auto: MNIST from $%s, %s", VARIABLE, directory)
         return source
+    if num_classes is not None:
+        raise InputError(
+            f"--num_classes {num_classes}: goes with idx: sources alone; ${VARIABLE} is not set"
+        )
     try:
         source = tfds.open_source("mnist")
     except InputError as error:

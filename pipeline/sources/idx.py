@@ -181,7 +181,9 @@ def _length_of_rest(file: IO[bytes], path: Path) -> int:
 
 def _largest_label(file: IdxFile) -> int:
     with _open(file.path) as opened:
-        return max(opened.read()[file.header_bytes :])
+        _skip(opened, file.header_bytes)
+        pieces = iter(lambda: opened.read(READ_SIZE), b"")
+        return max(int(np.frombuffer(piece, np.uint8).max()) for piece in pieces)
 
 
 def _open(path: Path) -> IO[bytes]:

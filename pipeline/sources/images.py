@@ -6,6 +6,9 @@ import dataclasses
 import hashlib
 import io
 import os
+import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,23 @@ PARTS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ROWS_PER_BLOCK = 1024
 MAX_FILE_BYTES = 1 << 26
+READ_SIZE = 1 << 20
+# https://www.w3.org/TR/png-3: values of a pixel by colour type, and by interlace method the
+# passes (left, top, step across, step down) in which the pixels stand.
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+PNG_PALETTE = 3
+PNG_PASSES = (
+    ((0, 0, 1, 1),),
+    (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ),
+)
 MAX_IMAGE_PIXELS = 1 << 24
 
 
@@ -79,7 +99,9 @@ class ImagesSource:
             raise RuntimeError(f"{self.root / part / name}: changed while it was read")
         pixels, origins, faults = [], [], []
         for file_name in names:
-            origin = f"{part}/{name}/{file_name}"
+            # A name need not be text: what is not is written out, as "\\xff".
+            printable = os.fsencode(file_name).decode(errors="backslashreplace")
+            origin = f"{part}/{name}/{printable}"
             try:
                 data = _read_file(self.root / part / name / file_name)
                 pixels.append(decode(data, resize=self.resize))
@@ -123,6 +145,11 @@ def open_source(directory: str, *, resize: bool) -> ImagesSource:
             f"--source images:{directory}: {len(class_names)} class folders in train and test,"
             f" expected 2 to {MAX_CLASSES}"
         )
+    for name in class_names:
+        if os.fsencode(name).decode(errors="ignore") != name:
+            raise InputError(
+                f"--source images:{directory}: class folder {name!r}: expected a name in UTF-8"
+            )
     digest = hashlib.sha256()
     folders = [
         ClassFolder(
@@ -173,8 +200,7 @@ def _scan(folder: Path, relative: str, digest: Any) -> int:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_image(entry.name):
-                    stat = entry.stat()
-                    found.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                    found.append((os.fsencode(entry.name), *_size_and_time(entry)))
                 else:
                     others += not entry.name.startswith(".")
     except OSError as error:
@@ -187,9 +213,20 @@ def _scan(folder: Path, relative: str, digest: Any) -> int:
     return len(found)
 
 
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Of a file; a link that leads nowhere is an unreadable image, and has neither."""
+    try:
+        found = entry.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
 def _read_file(path: Path) -> bytes:
     """Reads an image file, however large it says it is no more than `MAX_FILE_BYTES`."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            raise BadImageError("not a file", b"")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -222,14 +259,45 @@ def decode(data: bytes, *, resize: bool) -> np.ndarray:
                 raise BadImageError("wrong size", data)
             if image.format == "PNG":  # checks what loading it would not: every checksum
                 Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+                if not _is_whole_png(data):
+                    raise BadImageError("damaged", data)
             grey = _grey(image, data)
     except BadImageError:
         raise
+    except Image.DecompressionBombError:
+        raise BadImageError("too large", data) from None
     except Exception:  # Pillow's decoders fail in ways of their own on damaged files
         raise BadImageError("damaged", data) from None
     if grey.size != (28, 28):
         grey = grey.resize((28, 28), Image.Resampling.BICUBIC)
     return np.asarray(grey, np.uint8).reshape(NUM_PIXELS)
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Checks what Pillow lets pass: rows that are missing at the end, and a missing palette."""
+    chunks = list(_png_chunks(data))
+    header = next(body for kind, body in chunks if kind == b"IHDR")
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * PNG_CHANNELS[colour]
+    expected = 0
+    for left, top, across, down in PNG_PASSES[interlaced]:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    found, reader = 0, zlib.decompressobj()
+    for kind, piece in chunks:
+        while kind == b"IDAT" and piece and found < expected:
+            found += len(reader.decompress(piece, READ_SIZE))
+            piece = reader.unconsumed_tail
+    return found >= expected and (colour != PNG_PALETTE or any(k == b"PLTE" for k, _ in chunks))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields (kind, content) of the chunks of a PNG file."""
+    at = 8
+    while at + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        yield kind, data[at + 8 : at + 8 + size]
+        at += 12 + size
 
 
 def _grey(image: Any, data: bytes) -> Any:

@@ -54,6 +54,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+def require_writable(directory: Path) -> None:
+    """Makes sure that files can be written in a folder, or it can be made; leaves no trace.
+
+    Raises:
+        InputError: they cannot.
+    """
+    place = directory.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def published_whole(final: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.

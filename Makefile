@@ -24,7 +24,7 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 run: $(INSTALLED) ## run the whole job: preprocess, train, evaluate, gate (SOURCE=auto ROOT=out ARGS=)
-	@$(BIN)/python -m pipeline.retrain --root $(ROOT) --source $(SOURCE) $(ARGS)
+	@$(BIN)/python -m pipeline.retrain --root '$(ROOT)' --source '$(SOURCE)' $(ARGS)
 
 test: $(INSTALLED) ## run the default tests, offline
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
@@ -45,7 +45,7 @@ bench: $(INSTALLED) ## measure, each figure against a peer in the same run
 	$(BIN)/python -m benchmarks.train
 
 picture: $(INSTALLED) ## draw the README's picture of the report under ROOT (needs chromium)
-	$(BIN)/python docs/picture.py $(ROOT) docs/report.png
+	$(BIN)/python docs/picture.py '$(ROOT)' docs/report.png
 
 lock: ## write constraints.txt anew from the newest versions that go together
 	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock

@@ -49,6 +49,14 @@ REMARKS = (
 log = logging.getLogger("digits_pipeline")
 
 
+def show(text: str) -> None:
+    """Prints a result; a reader that has gone away (``| head``) is no reason to fail."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for the rest of the process
+
+
 class InputError(Exception):
     """The user's input is wrong; the message names it, its value and what was expected."""
 

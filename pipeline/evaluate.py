@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import command, report, storage
-from pipeline.command import InputError, log
+from pipeline.command import InputError, log, show
 from pipeline.dataset import SPLITS, Manifest, load_manifest
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def execute(config: EvaluateConfig) -> int:
     if not manifest.splits[config.split].num_examples:
         raise InputError(f"{config.dataset_dir}: the {config.split} split is empty")
     report.require_page_libraries()
+    storage.require_writable(config.report_dir)
     (config.report_dir / REPORT_FILE).unlink(missing_ok=True)  # it marks a complete report
     size = manifest.splits[config.split].num_examples
     log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
@@ -144,9 +145,9 @@ def execute(config: EvaluateConfig) -> int:
         "evaluate",
     )
     content = json.loads((config.report_dir / REPORT_FILE).read_text())
-    print(report.text_table(content))
-    print(f"{report.title(manifest)}: {config.split} accuracy {content['accuracy']:.4f}")
-    print(f"report: {config.report_dir / 'report.html'}")
+    show(report.text_table(content))
+    show(f"{report.title(manifest)}: {config.split} accuracy {content['accuracy']:.4f}")
+    show(f"report: {config.report_dir / 'report.html'}")
     return command.DONE
 
 

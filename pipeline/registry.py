@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import command, storage
-from pipeline.command import InputError
+from pipeline.command import InputError, show
 
 PROG = "pipeline.registry"
 MODELS = "models"
 CHAMPION_FILE = "champion.json"
 VERSION_FILE = "version.json"
+NAMED_CHECKS = 3  # of those that failed; all stand in the decision
 
 
 # The gate
@@ -84,7 +85,9 @@ def reason(checks: list[Check], has_champion: bool) -> str:
     """Says in a sentence why the gate promoted or did not."""
     failed = [check for check in checks if not check.passed]
     if failed:
-        return "; ".join(f"{c.check}: {c.value:g}, required {c.required:g}" for c in failed)
+        named = [f"{c.check}: {c.value:g}, required {c.required:g}" for c in failed[:NAMED_CHECKS]]
+        more = [f"and {len(failed) - NAMED_CHECKS} more"] if len(failed) > NAMED_CHECKS else []
+        return "; ".join(named + more)
     if has_champion:
         return (
             f"{checks[-1].value:g} correct, the champion {checks[-1].required:g} of the same rows"
@@ -246,16 +249,16 @@ def execute(config: RegistryConfig) -> int:
     if not config.root.is_dir():
         raise InputError(f"{config.root}: no such folder")
     if config.action == "list":
-        print(table(versions(config.root), champion(config.root)))
+        show(table(versions(config.root), champion(config.root)))
     elif config.action == "current":
         current = champion(config.root)
         if current is None:
             raise InputError(f"{config.root}: no champion yet")
-        print(_json(current), end="")
+        show(_json(current).rstrip())
     else:
         with storage.locked(config.root):
             published = rollback(config.root, config.version)
-        print(f"version {published.version} is version {published.rolled_back_from} again")
+        show(f"version {published.version} is version {published.rolled_back_from} again")
     return command.DONE
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import command, preprocess, registry, report, storage
-from pipeline.command import InputError, log
+from pipeline.command import InputError, log, show
 from pipeline.dataset import MANIFEST_NAME, load_manifest
 from pipeline.evaluate import REPORT_FILE
 from pipeline.preprocess import PreprocessConfig
@@ -89,7 +89,6 @@ class StageError(Exception):
 
     def __init__(self, stage: str, code: int) -> None:
         super().__init__(f"{stage} ended with exit code {code}")
-        self.stage = stage
         self.code = code
 
 
@@ -114,6 +113,8 @@ class Stages:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)], pass_fds=[self._lock]
         )
+        if self._stopping:  # the signal came as the process was being made
+            self._process.terminate()
         code = self._process.wait()
         if self._stopping or code == -signal.SIGTERM:
             code = command.TERMINATED
@@ -132,30 +133,36 @@ def execute(config: RetrainConfig) -> int:
     # What the user may have got wrong comes first: until here, nothing is written.
     trainer_config = ask_trainer(config)
     source = resolve_source(config)
+    fingerprint = preprocess.fingerprint(config.preprocess, source)
     with storage.locked(config.root) as lock:
         stages = Stages(lock)
         try:
-            return _run_chain(config, trainer_config, source, stages)
+            dataset_dir = _preprocess(config, fingerprint, source, stages)
+            return _run_chain(config, trainer_config, dataset_dir, source, stages)
         except StageError as error:
-            if error.code in (command.BAD_INPUT, command.TERMINATED):
+            if error.code in (command.BAD_INPUT, command.LOCKED, command.TERMINATED):
                 return error.code
             log.error("%s; the same command goes on from here", error)
             return 1
 
 
 def _run_chain(
-    config: RetrainConfig, trainer_config: dict[str, Any], source: Source, stages: Stages
+    config: RetrainConfig,
+    trainer_config: dict[str, Any],
+    dataset_dir: Path,
+    source: Source,
+    stages: Stages,
 ) -> int:
-    dataset_dir = _preprocess(config, source, stages)
+    title = source.describe()["title"]
     manifest = load_manifest(dataset_dir)
     run_id = make_run_id(manifest.dataset_id, trainer_config)
     run_dir = config.root / "runs" / run_id
     report_dir = run_dir / "report"
-    if run_id in judged(config.root):
+    if is_settled(config.root, run_dir):
         log.info("nothing new: run %s has been judged already", run_id)
-        _print_outcome(run_dir, with_table=True)
+        _print_outcome(config.root, run_dir, title, with_table=True)
         return command.DONE
-    if not (run_dir / DECISION_FILE).is_file():
+    if not ((run_dir / DECISION_FILE).is_file() and (report_dir / REPORT_FILE).is_file()):
         stages.run(
             "trainer.task",
             "--dataset_dir",
@@ -181,7 +188,7 @@ def _run_chain(
         )
         storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
     promoted = _carry_out(config.root, run_dir)
-    _print_outcome(run_dir, with_table=False)
+    _print_outcome(config.root, run_dir, title, with_table=False)
     return command.DONE if promoted else command.KEPT_CHAMPION
 
 
@@ -224,9 +231,8 @@ def resolve_source(config: RetrainConfig) -> Source:
     return preprocess.open_sources_of(wanted)
 
 
-def _preprocess(config: RetrainConfig, source: Source, stages: Stages) -> Path:
+def _preprocess(config: RetrainConfig, fingerprint: str, source: Source, stages: Stages) -> Path:
     """Makes the dataset where it is not there yet, and returns its folder."""
-    fingerprint = preprocess.fingerprint(config.preprocess, source)
     dataset_dir = config.root / "datasets" / fingerprint
     storage.recover(dataset_dir)
     if not (dataset_dir / MANIFEST_NAME).is_file():
@@ -306,6 +312,17 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def is_settled(root: Path, run_dir: Path) -> bool:
+    """Tells whether a run was judged, and what came of it still stands."""
+    if run_dir.name not in judged(root):
+        return False
+    decision_file = run_dir / DECISION_FILE
+    if not (decision_file.is_file() and (run_dir / "report" / REPORT_FILE).is_file()):
+        return False
+    published = {version.run_id for version in registry.versions(root)}
+    return run_dir.name in published or not json.loads(decision_file.read_text())["promoted"]
+
+
 def judged(root: Path) -> set[str]:
     """The runs that the ledger holds; a last line cut short by a crash does not count."""
     found = set()
@@ -318,16 +335,19 @@ def judged(root: Path) -> set[str]:
     return found
 
 
-def _print_outcome(run_dir: Path, *, with_table: bool) -> None:
+def _print_outcome(root: Path, run_dir: Path, title: str, *, with_table: bool) -> None:
     """Prints the decision, and before it the table, which the evaluation has printed else."""
     decision = json.loads((run_dir / DECISION_FILE).read_text())
     if with_table:
         content = json.loads((run_dir / "report" / REPORT_FILE).read_text())
-        print(report.text_table(content))
-        print(f"test accuracy {content['accuracy']:.4f}")
-        print(f"report: {run_dir / 'report' / 'report.html'}")
-    outcome = "promoted" if decision["promoted"] else "the champion stays"
-    print(f"{outcome}: {decision['reason']}")
+        show(report.text_table(content))
+        show(f"{title}: test accuracy {content['accuracy']:.4f}")
+        show(f"report: {run_dir / 'report' / 'report.html'}")
+    outcome = "promoted" if decision["promoted"] else "not promoted"
+    show(f"{outcome}: {decision['reason']}")
+    champion = registry.champion(root)
+    if champion is not None:
+        show(f"champion: version {champion.version}, of run {champion.run_id}")
 
 
 def main() -> None:

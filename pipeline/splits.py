@@ -62,6 +62,8 @@ def make_splitter(
         if validation_size is not None:
             raise InputError("--validation_size goes with --split_by positional, not hash")
         fraction = 1 / 6 if validation_fraction is None else validation_fraction
+        if fraction >= 1:
+            raise InputError(f"--validation_fraction {fraction:g}: expected less than 1")
         return Splitter(by=by, validation_fraction=fraction)
     if validation_fraction is not None:
         raise InputError("--validation_fraction goes with --split_by hash, not positional")

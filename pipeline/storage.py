@@ -65,6 +65,22 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def require_writable(directory: Path) -> None:
+    """Makes sure that files can be written in a folder, or it can be made; leaves no trace.
+
+    Raises:
+        InputError: they cannot.
+    """
+    place = directory.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
@@ -90,6 +106,7 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             f"{final}: a mount point or the current folder cannot be replaced as a whole;"
             " expected a folder inside it"
         )
+    made = [folder for folder in staging.parents if not folder.exists()]
     with locked(staging):
         try:
             _settle(place, aside)
@@ -107,6 +124,9 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             if aside.exists() and not place.exists():
                 aside.rename(place)
             shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process may be using them by now
+                for folder in made:
+                    folder.rmdir()
             raise
 
 

@@ -53,23 +53,27 @@ def write_idx(folder, data, *, gz=False, test_stem="t10k"):
     return folder
 
 
-def run_python(*args, env=None, cwd=None, timeout=300):
-    """Runs this Python with the repository importable; `env` adds variables, None removes one."""
+def run_python(*args, env=None, cwd=None, timeout=300, merged=False):
+    """Runs this Python with the repository importable; `env` adds variables, None removes one.
+
+    With `merged`, stderr comes in stdout, as a person sees both.
+    """
     environ = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.run(
         [sys.executable, *map(str, args)],
         env={name: str(value) for name, value in environ.items() if value is not None},
         cwd=cwd or ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else subprocess.PIPE,
         text=True,
         timeout=timeout,
         check=False,
     )
 
 
-def run_cli(module, *args, env=None, cwd=None, timeout=300):
+def run_cli(module, *args, **options):
     """Runs ``python -m module args``; returns the CompletedProcess with its text output."""
-    return run_python("-m", module, *args, env=env, cwd=cwd, timeout=timeout)
+    return run_python("-m", module, *args, **options)
 
 
 def tree(folder):

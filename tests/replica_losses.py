@@ -13,7 +13,7 @@ import numpy as np
 from trainer.data import Examples, cut, epoch_order
 from trainer.model import MLP
 from trainer.optimizers import Adam
-from trainer.step import make_evaluate, make_train_steps
+from trainer.step import make_evaluate, make_train_steps, place
 from trainer.strategy import make_strategy
 
 INPUTS, HIDDEN, CLASSES = 6, (7, 5), 3
@@ -56,7 +56,13 @@ def main(replicas):
 
     initial = copies(model.weights)
     calls = [floats(train(indices[steps], mask[steps])) for steps in CALLS]
+    placed = [
+        strategy.experimental_local_results(values)[i].device.rsplit(":", 2)[-2:]
+        for values in place(strategy, examples)
+        for i in range(replicas)
+    ]
     result = {
+        "placed": placed,
         "replicas": strategy.num_replicas_in_sync,
         "initial": initial,
         "calls": calls,

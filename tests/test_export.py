@@ -214,6 +214,14 @@ def test_a_folder_that_holds_files_is_left_alone(tmp_path):
     assert helpers.tree(tmp_path / "export") == {"mine.txt": b"mine"}
 
 
+def test_a_network_that_diverged_is_not_exported(tmp_path):
+    model = MLP(784, (3,), CLASSES, seed=0)
+    model.weights[1].assign([0.0, np.nan, 0.0])
+    with pytest.raises(InputError, match="not finite"):
+        export_of(model, tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         export(

@@ -76,19 +76,18 @@ def test_digits_need_no_network_and_no_environment(tmp_path):
     nowhere = {"MNIST_IDX_DIR": None, "TFDS_DATA_DIR": tmp_path / "tfds"}
     # The proxy that does not exist stands in for a machine without a network.
     blocked = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    script = (
-        "import pipeline.sources.tfds as tfds; tfds.DOWNLOAD_HOST = ('127.0.0.1', 9);"
-        "import pipeline.retrain as retrain; retrain.main()"
+    done = run_cli(
+        "pipeline.retrain", "--root", root, env=nowhere | blocked | {"HOME": tmp_path}, merged=True
     )
-    done = run_python("-c", script, "--root", root, env=nowhere | blocked | {"HOME": tmp_path})
-    assert done.returncode == 0, done.stderr
-    first = done.stderr.splitlines()[0]
+    assert done.returncode == 0, done.stdout
+    first = done.stdout.splitlines()[0]
     assert "cannot be had" in first
     assert "digits that come with scikit-learn (not MNIST)" in first
     _, run = only_run(root)
     assert "not MNIST" in (run / "report/report.html").read_text().split("</title>")[0]
     (dataset,) = (root / "datasets").iterdir()
     assert "not MNIST" in load_manifest(dataset).source["title"]
+    assert not (tmp_path / "tfds").exists()
     assert json.loads((run / "report/report.json").read_text())["accuracy"] > 0.9
 
 

@@ -584,13 +584,19 @@ def test_an_epoch_as_a_person_reads_it():
     )
 
 
-def test_a_second_sigterm_kills():
+def test_a_second_sigterm_kills_unless_it_comes_at_once(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     try:
         stop = loop.StopSignal()
         assert not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: the same one, handed on by a parent
         assert stop.received
+        stop._since -= loop.SECOND_SIGNAL_SECONDS
+        killed = []
+        monkeypatch.setattr(signal, "raise_signal", killed.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert killed == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,6 @@ import json
 import logging
 import pickle
 import shutil
-import socket
 import struct
 import threading
 import tracemalloc
@@ -491,27 +490,35 @@ def test_tfds_that_cannot_be_downloaded(library):
         open_sources(["tfds:mnist"])
 
 
+def test_tfds_that_fails_leaves_what_was_there(library, tfds_dir):
+    half = tfds_dir / "downloads/mnist/half.gz"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"cannot be prepared: storage.* cannot be reached$"):
+        open_sources(["tfds:mnist"])
+    assert half.read_bytes() == b"half"
+    assert [path.name for path in half.parent.iterdir()] == ["half.gz"]
+    assert not (tfds_dir / "mnist").exists()
+    half.unlink()
+
+
 def test_requests_fail_at_once_without_a_network():
     with tfds._no_requests(), pytest.raises(requests.ConnectionError, match="cannot be reached"):
         requests.get("https://example.invalid")
 
 
 def test_network_reachable(monkeypatch):
-    ours, theirs = socket.socketpair()
     asked = []
-    monkeypatch.setattr(
-        socket, "create_connection", lambda host, timeout: asked.append(host) or ours
-    )
+    monkeypatch.setattr(requests, "head", lambda url, timeout: asked.append((url, timeout)))
     assert tfds.network_reachable()
-    assert asked == [("storage.googleapis.com", 443)] and ours.fileno() == -1
-    theirs.close()
+    assert asked == [("https://storage.googleapis.com", tfds.PROBE_SECONDS)]
 
 
 def test_network_not_reachable(monkeypatch):
     def refuse(*_, **__):
-        raise OSError("unreachable")
+        raise requests.ConnectionError("unreachable")
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(requests, "head", refuse)
     assert not tfds.network_reachable()
 
 
@@ -521,10 +528,10 @@ def test_network_that_does_not_answer(monkeypatch):
 
     def hang(*_, **__):
         answers.append(released.wait(5))
-        raise OSError("late")
+        raise requests.ConnectionError("late")
 
     monkeypatch.setattr(tfds, "PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(socket, "create_connection", hang)
+    monkeypatch.setattr(requests, "head", hang)
     assert not tfds.network_reachable()
     assert answers == []  # it was not waited for
     released.set()

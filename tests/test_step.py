@@ -20,6 +20,8 @@ def test_replicas_agree_with_numpy(replicas):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["replicas"] == replicas
+    own_device = [["CPU", str(i)] for i in range(replicas)]
+    assert found["placed"] == own_device * 2  # images and labels
     for copies in ("initial", "weights", "slots"):
         assert len(found[copies]) == replicas
         assert all(copy == found[copies][0] for copy in found[copies])  # equal, bit for bit

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import __version__, storage
+from pipeline.command import InputError
 from pipeline.dataset import IMAGE_SHAPE, NUM_PIXELS, SCALE_TABLE
 from trainer.config import TrainConfig
 from trainer.data import FEATURES
@@ -90,8 +91,13 @@ def export(
 
     Returns:
         The content of ``model.json``.
+
+    Raises:
+        InputError: the run has diverged.
     """
     weights = [weight.numpy() for weight in model.weights]
+    if not all(np.isfinite(weight).all() for weight in weights):
+        raise InputError("the weights are not finite; a smaller --learning_rate may help")
     widths = [weight.shape for weight in weights[0::2]]
     with tf.device("CPU:0"):  # where most servers run, and free of any replica
         plain = MLP(widths[0][0], [shape[1] for shape in widths[:-1]], widths[-1][1], seed=0)

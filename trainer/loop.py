@@ -29,18 +29,28 @@ from trainer.step import StepsFunction, make_evaluate, make_train_steps
 from trainer.strategy import make_strategy
 
 EVALUATION_BATCH = 1000
+SECOND_SIGNAL_SECONDS = 2.0
 
 
 class StopSignal:
-    """Remembers a SIGTERM, so that the loop can stop between two calls; a second one kills."""
+    """Remembers a SIGTERM, so that the loop can stop between two calls.
+
+    A second one kills, unless it comes at once: a signal to a whole group of processes arrives
+    twice, from its sender and from the parent that hands it on.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._since = 0.0
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, _: int, __: FrameType | None) -> None:
+        if not self.received:
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > SECOND_SIGNAL_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
         self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -19,9 +19,12 @@ def place(strategy: tf.distribute.Strategy, examples: Examples) -> tuple[tf.Tens
     """Copies a split to the device of every replica, once, so that a step only gathers from it."""
 
     def on_each_device(values: object) -> tf.Tensor:
-        return strategy.experimental_distribute_values_from_function(
-            lambda _: tf.convert_to_tensor(values)
-        )
+        def on_device(context: tf.distribute.ValueContext) -> tf.Tensor:
+            device = strategy.extended.worker_devices[context.replica_id_in_sync_group]
+            with tf.device(device):  # TensorFlow would leave all copies on the first
+                return tf.identity(tf.convert_to_tensor(values))
+
+        return strategy.experimental_distribute_values_from_function(on_device)
 
     return on_each_device(examples.images), on_each_device(examples.labels)
 

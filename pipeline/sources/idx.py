@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pipeline.command import InputError
 from pipeline.dataset import NUM_PIXELS
 from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
+# By the SHA-256 of the labels of train and test.
+KNOWN_SETS = {"671ff9d70b4811116d55c3dd479efa7a981e2e62753ef7a6d5c15fea81e63d27": "MNIST"}
 PARTS = {"train": ("train",), "test": ("t10k", "test")}
 # A gzip file can only be read from its start, so each block of it reads past all before: large
 # blocks keep that cheap, and what is held at once stays small.
@@ -45,18 +48,22 @@ class IdxSource:
     class_names: tuple[str, ...]
     part_sizes: dict[str, int]
     files: dict[str, tuple[IdxFile, IdxFile]]  # of each part: images, labels
+    labels_sha256: str
     default_split_by: str = "positional"
     has_order: bool = True
 
     def describe(self) -> dict[str, Any]:
-        """Names the kind; a set of IDX files has no other name that is not a path."""
-        return {"kind": "idx", "title": "images from IDX files"}
+        """Names the set where its labels are those of a known one; its folder is a path."""
+        return {"kind": "idx", "title": KNOWN_SETS.get(self.labels_sha256, "images from IDX files")}
 
     def fingerprint(self) -> list[Any]:
-        """Names, sizes and modification times of the files."""
+        """Names, sizes and modification times of the files, and the labels."""
         files = [file for pair in self.files.values() for file in pair]
         stats = [(file.path.name, file.path.stat()) for file in files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        # Sets of equal sizes may have equal times, if something has normalised them.
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] + [
+            self.labels_sha256
+        ]
 
     def blocks(self) -> list[Block]:
         """Ranges of rows."""
@@ -100,8 +107,9 @@ def open_source(directory: str, num_classes: int | None = None) -> IdxSource:
         files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"--source idx:{directory}: cannot be read: {error.strerror}") from None
+    largest, labels_sha256 = _sum_up([labels for _, labels in files.values()])
     if num_classes is None:
-        num_classes = 1 + max(_largest_label(labels) for _, labels in files.values())
+        num_classes = largest + 1
         if num_classes < 2:
             raise InputError(f"{folder}: every label is 0; expected at least two classes")
     return IdxSource(
@@ -109,6 +117,7 @@ def open_source(directory: str, num_classes: int | None = None) -> IdxSource:
         class_names=tuple(str(label) for label in range(num_classes)),
         part_sizes={part: images.shape[0] for part, (images, _) in files.items()},
         files=files,
+        labels_sha256=labels_sha256,
     )
 
 
@@ -179,11 +188,16 @@ def _length_of_rest(file: IO[bytes], path: Path) -> int:
     return sum(len(piece) for piece in iter(lambda: file.read(READ_SIZE), b""))
 
 
-def _largest_label(file: IdxFile) -> int:
-    with _open(file.path) as opened:
-        _skip(opened, file.header_bytes)
-        pieces = iter(lambda: opened.read(READ_SIZE), b"")
-        return max(int(np.frombuffer(piece, np.uint8).max()) for piece in pieces)
+def _sum_up(files: list[IdxFile]) -> tuple[int, str]:
+    """The largest of all labels, and their SHA-256, read a piece at a time."""
+    largest, digest = 0, hashlib.sha256()
+    for file in files:
+        with _open(file.path) as opened:
+            _skip(opened, file.header_bytes)
+            while piece := opened.read(READ_SIZE):
+                largest = max(largest, max(piece))
+                digest.update(piece)
+    return largest, digest.hexdigest()
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
+import io
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from pipeline import command
 from pipeline.command import InputError
 from pipeline.dataset import IMAGE_SHAPE, MAX_CLASSES, NUM_PIXELS
 from pipeline.sources import Block, NumberedRows, RawRows, ranges
+from pipeline.storage import remove
 
-DOWNLOAD_HOST = ("storage.googleapis.com", 443)
+DOWNLOAD_HOST = "storage.googleapis.com"
 PROBE_SECONDS = 8
 ROWS_PER_BLOCK = 16384
 ROWS_AT_ONCE = 2048
@@ -71,7 +74,8 @@ def open_source(name: str) -> TfdsSource:
     Raises:
         InputError: unknown, not downloadable, or not a set of 28x28 grey images in classes.
     """
-    import tensorflow_datasets as tfds
+    with command.quiet_import():
+        import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -112,29 +116,45 @@ def _prepare(name: str, builder: Any) -> None:
     """Prepares the set from the network or from what an earlier download left."""
     if builder.data_path.exists():
         return
-    reachable = network_reachable()
+    root = Path(str(builder.data_path)).parents[builder.info.full_name.count("/")]
+    before = _entries(root)
     try:
-        with contextlib.nullcontext() if reachable else _no_requests():
+        with (
+            contextlib.nullcontext() if network_reachable() else _no_requests(),
+            contextlib.redirect_stdout(io.StringIO()),  # the first line is not to be TFDS's
+        ):
             builder.download_and_prepare()
     except Exception as error:  # the network, a checksum, the disk: one line tells which
+        for left in sorted(_entries(root) - before, reverse=True):
+            remove(left)
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--source tfds:{name}: cannot be prepared: {reason}") from None
 
 
+def _entries(root: Path) -> set[Path]:
+    """What TFDS may add to as it tries: its folder, the downloads, and what is in those."""
+    patterns = ("*", "downloads/*", "downloads/*/*")
+    return {path for pattern in patterns for path in root.glob(pattern)} | (
+        {root} if root.exists() else set()
+    )
+
+
 def network_reachable() -> bool:
-    """Tells within `PROBE_SECONDS` whether the host of most data sets answers.
+    """Tells within `PROBE_SECONDS` whether the host of most data sets answers, proxies included.
 
     TFDS itself retries for minutes. The look-up of a name cannot be given a time limit, so the
     attempt runs beside and is left alone when time is up.
     """
+    import requests
+
     answered = threading.Event()
 
-    def connect() -> None:
-        with contextlib.suppress(OSError):
-            socket.create_connection(DOWNLOAD_HOST, timeout=PROBE_SECONDS).close()
+    def ask() -> None:
+        with contextlib.suppress(OSError):  # what requests raises is one
+            requests.head(f"https://{DOWNLOAD_HOST}", timeout=PROBE_SECONDS)
             answered.set()
 
-    attempt = threading.Thread(target=connect, daemon=True)
+    attempt = threading.Thread(target=ask, daemon=True)
     attempt.start()
     attempt.join(PROBE_SECONDS)
     return answered.is_set()
@@ -146,7 +166,7 @@ def _no_requests() -> Iterator[None]:
     import requests
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise requests.ConnectionError(f"{DOWNLOAD_HOST[0]} cannot be reached")
+        raise requests.ConnectionError(f"{DOWNLOAD_HOST} cannot be reached")
 
     with mock.patch.object(requests.adapters.HTTPAdapter, "send", refuse):
         yield

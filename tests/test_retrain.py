@@ -71,7 +71,9 @@ def test_first_run_ends_with_what_a_newcomer_wants_to_see(first_run):
     assert f"test accuracy {champion.accuracy:.4f}" in done.stdout
     assert f"report: {page}" in done.stdout
     assert page.is_file()
-    assert done.stdout.splitlines()[-1].startswith("promoted: ")
+    verdict, served = done.stdout.splitlines()[-2:]
+    assert verdict.startswith("promoted: ")
+    assert served == f"champion: version 1, of run {champion.run_id}"
     table = [line.split()[0] for line in done.stdout.splitlines() if line]
     assert [name for name in table if name.isdigit()] == [str(label) for label in range(10)]
 

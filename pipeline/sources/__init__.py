@@ -2,7 +2,7 @@
 
 Synopsis::
 
-    source = open_source("idx:/data/mnist")     # checks what can be checked cheaply
+    source = open_sources(["idx:/data/mnist"])  # checks what can be checked cheaply
     for block in source.blocks():               # small, picklable
         for rows in source.read(block):         # on a worker
             rows.pixels, rows.labels

@@ -43,6 +43,7 @@ lint: $(INSTALLED) ## check style and types
 
 bench: $(INSTALLED) ## measure, each figure against a peer in the same run
 	$(BIN)/python -m benchmarks.train
+	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.preprocess --idx "$$MNIST_IDX_DIR"
 
 picture: $(INSTALLED) ## draw the README's picture of the report under ROOT (needs chromium)
 	$(BIN)/python docs/picture.py '$(ROOT)' docs/report.png

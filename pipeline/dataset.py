@@ -45,7 +45,7 @@ MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
 QUARANTINE_NAME = "quarantine"
 RECORDS_NAME = "records.jsonl"  # in it, what was set aside
-DUPLICATES = ("images", "copies", "conflicting", "leaked")
+DUPLICATES = ("images", "copies", "conflicting", "leaked", "held_out")
 COMPRESSIONS = {"none": "", "gzip": ".gz"}
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5}}-of-[0-9]{{5}}\.tfrecord(\.gz)?")
 MAX_RECORD_BYTES = 4096
@@ -387,6 +387,12 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError(
             f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
         )
+    if not all(isinstance(name, str) for name in manifest.class_names):
+        raise ValueError("a class name is not a string")
+    if len(set(manifest.class_names)) != manifest.num_classes:
+        raise ValueError("a class name occurs twice")
+    if manifest.split_by not in ("positional", "hash"):
+        raise ValueError(f"split_by is {manifest.split_by!r}, expected positional or hash")
     for name, split in manifest.splits.items():
         for shard in split.shards:
             if not SHARD_FILE.fullmatch(shard.file):
@@ -516,7 +522,7 @@ def execute(request: tuple[str, list[Path]]) -> int:
 
     action, directories = request
     if action != "verify":
-        print(
+        command.show(
             inspection.describe(*directories)
             if action == "describe"
             else inspection.diff(*directories)
@@ -529,7 +535,7 @@ def execute(request: tuple[str, list[Path]]) -> int:
         return command.BAD_INPUT
     manifest = load_manifest(directories[0])
     total = sum(split.num_examples for split in manifest.splits.values())
-    print(f"{directories[0]}: {total:,} records, all as the manifest states")
+    command.show(f"{directories[0]}: {total:,} records, all as the manifest states")
     return command.DONE
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ from pipeline.dataset import (
     MANIFEST_NAME,
     MAX_CLASSES,
     METRICS_NAME,
+    QUARANTINE_NAME,
+    RECORDS_NAME,
+    SHARD_FILE,
     SPLITS,
     Manifest,
     load_manifest,
@@ -281,16 +285,24 @@ def write_manifest(
             f"{expected} rows in the source, {num_read} read, {in_splits} written,"
             f" {set_aside} quarantined, {manifest.dropped} dropped"
         )
+    _require_few(manifest, job.max_quarantined)
+    storage.write_atomic(job.directory / MANIFEST_NAME, manifest_json(manifest))
+
+
+def _require_few(manifest: Manifest, max_quarantined: float) -> None:
+    """Raises InputError if more than this share of all rows was set aside."""
+    set_aside = manifest.quarantined["count"]
+    num_read = set_aside + manifest.dropped
+    num_read += sum(split.num_examples for split in manifest.splits.values())
     # A quotient is rounded as the flag's decimal was: 29 of 100 are no more than 0.29.
-    if set_aside and set_aside / num_read > job.max_quarantined:
+    if set_aside and set_aside / num_read > max_quarantined:
         reasons = ", ".join(
             f"{count} {why}" for why, count in manifest.quarantined["by_reason"].items()
         )
         raise InputError(
             f"{set_aside} of {num_read} rows cannot be used ({reasons}), more than"
-            f" --max_quarantined {job.max_quarantined:g} allows"
+            f" --max_quarantined {max_quarantined:g} allows"
         )
-    storage.write_atomic(job.directory / MANIFEST_NAME, manifest_json(manifest))
 
 
 def execute(config: PreprocessConfig) -> int:
@@ -313,9 +325,9 @@ def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
     """Makes the dataset."""
     from pipeline import runners, shards, transforms
 
-    # Only a dataset is replaced: other files in a folder are never this command's to remove.
-    replace = config.overwrite and (config.output_dir / MANIFEST_NAME).is_file()
-    with storage.published_whole(config.output_dir, replace=replace) as staging:
+    if config.overwrite:
+        _require_only_ours(config.output_dir)
+    with storage.published_whole(config.output_dir, replace=config.overwrite) as staging:
         log.info("reading %s", source.describe()["title"])
         job = Job(
             source=source,
@@ -345,13 +357,17 @@ def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
 def progress_lines(done: dict[str, int]) -> Iterator[None]:
     """Logs what has been read and written every `PROGRESS_SECONDS`, as a long run goes on."""
     ended = threading.Event()
+    started = time.monotonic()
 
     def report() -> None:
         while not ended.wait(PROGRESS_SECONDS):
             counts = dict(done)
             read = sum(counts.get(f"read-{part}", 0) for part in ("train", "test"))
             written = sum(counts.get(f"written-{split}", 0) for split in SPLITS)
-            log.info("%s rows read, %s written", f"{read:,}", f"{written:,}")
+            if read:
+                log.info("%s rows read, %s written", f"{read:,}", f"{written:,}")
+            else:  # the work is done in other processes
+                log.info("running for %.0f s", time.monotonic() - started)
 
     done.clear()
     thread = threading.Thread(target=report, daemon=True)
@@ -372,7 +388,7 @@ def is_there(config: PreprocessConfig, identity: str) -> bool:
     if not (config.output_dir / MANIFEST_NAME).is_file():
         return False
     try:
-        _require_same(config.output_dir, identity)
+        _require_same(config.output_dir, identity, config.max_quarantined)
     except InputError:
         if config.overwrite:
             return False
@@ -380,7 +396,27 @@ def is_there(config: PreprocessConfig, identity: str) -> bool:
     return True
 
 
-def _require_same(directory: Path, identity: str) -> None:
+def _require_only_ours(directory: Path) -> None:
+    """Makes sure that a folder to be replaced holds nothing but what this command writes.
+
+    Raises:
+        OccupiedError: something in it is not.
+    """
+    if directory.is_file():
+        raise storage.OccupiedError(f"{directory}: is a file; expected a folder")
+    if not directory.is_dir():
+        return
+    entries = [*directory.iterdir(), *(directory / QUARANTINE_NAME).glob("*")]
+    ours = {MANIFEST_NAME, METRICS_NAME, QUARANTINE_NAME, RECORDS_NAME, storage.LOCK_NAME}
+    for path in entries:
+        if path.name not in ours and not SHARD_FILE.fullmatch(path.name):
+            raise storage.OccupiedError(
+                f"{directory}: holds {path.name}, which is no part of a dataset; --overwrite"
+                " replaces nothing else"
+            )
+
+
+def _require_same(directory: Path, identity: str, max_quarantined: float) -> None:
     """Makes sure that the dataset in a folder is whole and is the one that was asked for."""
     manifest = load_manifest(directory)
     for split in manifest.splits.values():
@@ -390,6 +426,7 @@ def _require_same(directory: Path, identity: str) -> None:
                 raise InputError(
                     f"{path}: missing or not of {shard.bytes} bytes; --overwrite makes it anew"
                 )
+    _require_few(manifest, max_quarantined)
     if read_fingerprint(directory) != identity:
         raise InputError(
             f"{directory}: holds another dataset; expected a new or empty folder, or --overwrite"
@@ -421,12 +458,18 @@ def summary(directory: Path, manifest: Manifest) -> str:
         f" {len(files)} files; dataset {manifest.dataset_id}"
     ]
     duplicates = manifest.duplicates
+    reasons = ", ".join(f"{n:,} {why}" for why, n in manifest.quarantined["by_reason"].items())
     for count, things, rest in (
-        (manifest.quarantined["count"], "row", "set aside, see quarantine/records.jsonl"),
+        (
+            manifest.quarantined["count"],
+            "row",
+            f"set aside ({reasons}), see quarantine/",
+        ),
         (manifest.dropped, "row", "left out of train or validation, being in test as well"),
         (manifest.flagged["blank"], "blank image", "written"),
         (duplicates["conflicting"], "image", "with different labels"),
         (duplicates["leaked"], "image", "both in test and in train or validation"),
+        (duplicates["held_out"], "image", "both in train and in validation"),
     ):
         if count:
             lines.append(f"{count:,} {things}{'' if count == 1 else 's'} {rest}")

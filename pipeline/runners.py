@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.command import InputError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 # Beam's own `DirectRunner` first tries Prism, a program it downloads; this is the runner that
 # runs in the process, and that Beam falls back to.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+CONNECT_SECONDS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +52,34 @@ def beam_options(arguments: Sequence[str]) -> PipelineOptions:
     if unknown:
         raise InputError(f"unknown flag {unknown[0]}: neither this command's nor a Beam option")
     options = pipeline_options.PipelineOptions(list(arguments))
+    _check_options(options.get_all_options())
     standard = options.view_as(pipeline_options.StandardOptions)
     if (standard.runner or "directrunner").lower() in ("directrunner", "direct"):
         standard.runner = IN_PROCESS
     return options
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuses what a runner would fail on, deep inside, once the work has begun.
+
+    Raises:
+        InputError: a program or job server that is not there, or a number of workers below 0.
+    """
+    for name in ("prism_location", "flink_job_server_jar"):
+        place = given.get(name)
+        if place and "://" not in place and not Path(place).is_file():
+            raise InputError(f"--{name} {place}: no such file")
+    if (given.get("direct_num_workers") or 0) < 0:
+        raise InputError(f"--direct_num_workers {given['direct_num_workers']}: expected 0 or more")
+    if (given.get("runner") or "").lower() in ("portablerunner", "portable"):
+        host, _, port = (given.get("job_endpoint") or "").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--job_endpoint {given.get('job_endpoint')}: expected the host:port of a job"
+                f" server: {error}"
+            ) from None
 
 
 def run(

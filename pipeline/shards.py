@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -57,8 +58,10 @@ class WrittenShards:
         blank: records whose pixels are all equal.
         duplicates: of each kind in `DUPLICATES`, how many: distinct images that occur more
             than once, records beyond the first of their image, distinct images with different
-            labels, distinct images both in test and in another split.
+            labels, distinct images both in test and in another split, and distinct images
+            both in train and in validation.
         examples: of each kind of image, its lowest ids, at most `NUM_EXAMPLES`.
+        encode_seconds: time spent encoding; no part of what is published.
     """
 
     index: int
@@ -68,6 +71,7 @@ class WrittenShards:
     blank: int
     duplicates: dict[str, int]
     examples: dict[str, list[str]]
+    encode_seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 def order(rows: np.ndarray) -> np.ndarray:
@@ -115,11 +119,12 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) 
     kept = np.ones(len(rows), bool)
     if options.drop_leaks:
         kept = ~(leaked & (rows["split"] != SPLITS.index("test")))
-    written, labels = {}, {}
+    written, labels, encode_seconds = {}, {}, 0.0
     for code, split in enumerate(SPLITS):
         chosen = np.flatnonzero(kept & (rows["split"] == code))
         path = directory / shard_name(split, index, options.num_shards, options.compression)
-        written[split] = _write_file(path, rows, occurrences, chosen, options.compression)
+        written[split], seconds = _write_file(path, rows, occurrences, chosen, options.compression)
+        encode_seconds += seconds
         values, counts = np.unique(rows["label"][chosen], return_counts=True)
         labels[split] = dict(zip(values.tolist(), counts.tolist(), strict=True))
     blank = (rows["pixels"] == rows["pixels"][:, :1]).all(axis=1) & kept
@@ -131,25 +136,30 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) 
         blank=int(blank.sum()),
         duplicates=duplicates,
         examples=examples,
+        encode_seconds=encode_seconds,
     )
 
 
 def _write_file(
     path: Path, rows: np.ndarray, occurrences: np.ndarray, chosen: np.ndarray, compression: str
-) -> Shard:
-    """Writes the chosen rows, a bounded number at a time."""
+) -> tuple[Shard, float]:
+    """Writes the chosen rows, a bounded number at a time; also returns seconds spent encoding."""
     digest = hashlib.sha256()
+    encoding = 0.0
     with open_atomic(path) as file:
         with _compressed(file, compression) as out:
             for first in range(0, len(chosen), ROWS_AT_ONCE):
                 some = rows[chosen[first : first + ROWS_AT_ONCE]]
                 numbers = occurrences[chosen[first : first + ROWS_AT_ONCE]]
                 ids = [record_id(*pair) for pair in zip(some["id"], numbers, strict=True)]
+                started = time.monotonic()
                 content = encode_frames(some["pixels"], some["label"], ids)
+                encoding += time.monotonic() - started
                 digest.update(content)
                 out.write(content)
         size = file.tell()
-    return Shard(file=path.name, num_examples=len(chosen), bytes=size, sha256=digest.hexdigest())
+    shard = Shard(file=path.name, num_examples=len(chosen), bytes=size, sha256=digest.hexdigest())
+    return shard, encoding
 
 
 @contextlib.contextmanager
@@ -173,16 +183,15 @@ def _find_duplicates(
     first = np.flatnonzero(starts)
     group = np.cumsum(starts) - 1
     sizes = np.bincount(group, minlength=len(first)) if len(first) else np.zeros(0, int)
-    in_test = np.zeros(len(first), bool)
-    elsewhere = np.zeros(len(first), bool)
-    is_test = rows["split"] == SPLITS.index("test")
-    in_test[group[is_test]] = True
-    elsewhere[group[~is_test]] = True
+    present = np.zeros((len(SPLITS), len(first)), bool)
+    present[rows["split"], group] = True
+    in_train, in_validation, in_test = present
     found = {
         "images": sizes > 1,
         # Sorted by label inside a run, so its last label differs from its first if any does.
         "conflicting": rows["label"][first] != rows["label"][first + sizes - 1],
-        "leaked": in_test & elsewhere,
+        "leaked": in_test & (in_train | in_validation),
+        "held_out": in_train & in_validation,
     }
     counts = {kind: int(flags.sum()) for kind, flags in found.items()}
     counts["copies"] = len(rows) - len(first)

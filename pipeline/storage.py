@@ -37,6 +37,7 @@ def folder(text: str) -> Path:
     path = Path(text)
     try:
         path.exists()
+        (path.parent / f".{path.name}.incomplete").exists()  # as `published_whole` will name it
     except OSError as error:  # no permission, or too long a name
         raise InputError(f"{text}: cannot be used: {error.strerror}") from None
     return path

@@ -286,7 +286,7 @@ def manifest():
         quarantined={"count": 0, "by_reason": {}},
         dropped=0,
         flagged={"blank": 0},
-        duplicates=dict.fromkeys(("images", "copies", "conflicting", "leaked"), 0),
+        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
     )
 
 

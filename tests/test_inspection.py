@@ -397,7 +397,7 @@ def hand_made(directory, splits, class_names):
         quarantined={"count": 0, "by_reason": {}},
         dropped=0,
         flagged={"blank": sum(split.num_examples for split in made.values())},
-        duplicates=dict.fromkeys(("images", "copies", "conflicting", "leaked"), 0),
+        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
     )  # fmt: skip
     (directory / "manifest.json").write_text(manifest_json(manifest))
     (directory / "quarantine").mkdir(exist_ok=True)

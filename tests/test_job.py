@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import run_cli, run_python
+from helpers import lay_out_downloads, run_cli, run_python
 
 from pipeline import registry
 from pipeline.dataset import load_manifest
@@ -92,11 +92,12 @@ def test_digits_need_no_network_and_no_environment(tmp_path):
 
 
 @pytest.mark.campaign
-def test_mnist_through_tfds_reaches_the_same_accuracy(mnist_root, offline_tfds, tmp_path):
+def test_mnist_through_tfds_reaches_the_same_accuracy(mnist_root, mnist_dir, tmp_path):
     root = tmp_path / "out"
+    data_dir = lay_out_downloads(mnist_dir, tmp_path / "tfds")
     done = run_cli(
         "pipeline.retrain", "--root", root, "--source=tfds:mnist",
-        env={"TFDS_DATA_DIR": offline_tfds}, timeout=900,
+        env={"TFDS_DATA_DIR": data_dir}, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     here, there = registry.champion(root), registry.champion(mnist_root[0])

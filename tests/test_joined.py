@@ -64,7 +64,7 @@ def test_a_block_is_read_from_its_source_alone(two):
     (rows,) = source.read(Block("test", 3, 4, source=1))
     assert rows.positions.tolist() == [15, 16, 17, 18]  # after the first source's twelve
     assert rows.labels.tolist() == data[1]["test"][1][3:7].tolist()
-    assert rows.origins[0] == "t10k-images-idx3-ubyte#3"
+    assert rows.origins[0] == "2:t10k-images-idx3-ubyte#3"
 
 
 def test_positional_split_is_of_the_whole(two, tmp_path):
@@ -96,7 +96,7 @@ def tree_of(root, names, seed=0):
     ("first", "second", "expected"),
     [
         (["a", "b", "c"], ["c", "a"], ("a", "b", "c")),
-        (["c", "a"], ["a", "b", "c"], ("a", "b", "c")),
+        (["c", "a"], ["a", "b", "c"], ("a", "c", "b")),  # as the first has them
         (["10", "9"], ["2", "9"], ("2", "9", "10")),
         (["1", "2"], ["1", "x"], ("1", "2", "x")),
         (["a", "b"], ["c", "d"], ("a", "b", "c", "d")),
@@ -141,7 +141,7 @@ def test_idx_and_images(two, tmp_path, monkeypatch):
         made.append(load_manifest(out))
     assert made[0].dataset_id == made[1].dataset_id
     assert made[1].quarantined == {"count": 1, "by_reason": {"damaged": 1}}
-    assert '"origin": "train/3/broken.png"' in (out / "quarantine/records.jsonl").read_text()
+    assert '"origin": "2:train/3/broken.png"' in (out / "quarantine/records.jsonl").read_text()
     # What is positional alone is not so together with what is not.
     source = open_sources([specs[0], f"images:{tree}"])
     assert (source.default_split_by, source.has_order) == ("hash", False)

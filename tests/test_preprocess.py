@@ -99,7 +99,8 @@ def test_manifest_and_files(small_dataset, small_idx):
         "copies": 0,
         "conflicting": 0,
         "leaked": 0,
-        "examples": {"images": [], "conflicting": [], "leaked": []},
+        "held_out": 0,
+        "examples": {"images": [], "conflicting": [], "leaked": [], "held_out": []},
     }
     assert manifest.quarantined == {"count": 0, "by_reason": {}}
     assert (manifest.dropped, manifest.flagged) == (0, {"blank": 0})
@@ -128,7 +129,11 @@ def test_metrics(small_dataset, config):
         "written-test": 120,
         "written-bytes": sum(path.stat().st_size for path in small_dataset.glob("*.tfrecord")),
     }
-    assert list(metrics["distributions"]) == ["shard-bytes", "shard-write-msec"]
+    assert list(metrics["distributions"]) == [
+        "shard-bytes",
+        "shard-encode-msec",
+        "shard-write-msec",
+    ]
     sizes = [path.stat().st_size for path in small_dataset.glob("*.tfrecord")]
     assert metrics["distributions"]["shard-bytes"] == {
         "count": 9,
@@ -136,8 +141,9 @@ def test_metrics(small_dataset, config):
         "min": min(sizes),
         "max": max(sizes),
     }
-    times = metrics["distributions"]["shard-write-msec"]
-    assert times["count"] == 3 and 0 <= times["min"] <= times["max"] <= times["sum"]
+    for name in ("shard-encode-msec", "shard-write-msec"):
+        times = metrics["distributions"][name]
+        assert times["count"] == 3 and 0 <= times["min"] <= times["max"] <= times["sum"]
 
 
 def test_records_stand_in_their_shard_by_id(small_dataset):
@@ -165,7 +171,8 @@ def assert_same_dataset(one, other):
     assert content(one) == content(other)
     ours, theirs = metrics(one), metrics(other)
     for each in (ours, theirs):
-        assert each["distributions"].pop("shard-write-msec")["count"] == 3
+        for name in ("shard-encode-msec", "shard-write-msec"):
+            assert each["distributions"].pop(name)["count"] == 3
     assert ours == theirs
 
 
@@ -231,7 +238,13 @@ def test_copies_of_an_image(config, tmp_path):
         "copies": 3,
         "conflicting": 1,
         "leaked": 1,
-        "examples": {"images": sorted(names), "conflicting": [names[1]], "leaked": [names[2]]},
+        "held_out": 0,
+        "examples": {
+            "images": sorted(names),
+            "conflicting": [names[1]],
+            "leaked": [names[2]],
+            "held_out": [],
+        },
     }
     assert preprocess.summary(config.output_dir, manifest).splitlines()[1:] == [
         "1 image with different labels",
@@ -334,7 +347,7 @@ def test_labels_out_of_range(tmp_path):
     assert counters["read-train"] + counters["read-test"] == 80
     assert sum(counters[f"written-{split}"] for split in SPLITS) == 77
     assert preprocess.summary(tmp_path / "out", manifest).splitlines()[1:] == [
-        "3 rows set aside, see quarantine/records.jsonl"
+        "3 rows set aside (3 label out of range), see quarantine/"
     ]
 
 
@@ -646,10 +659,29 @@ def test_other_format_says_what_to_do(standing, config, monkeypatch, capfd):
     assert files_and_times(standing.parent) == before
 
 
+def test_a_stricter_limit_is_held_against_a_standing_dataset(config, tmp_path):
+    data = helpers.make_images(60, 20)
+    data["train"][1][3] = 200
+    source = f"idx:{helpers.write_idx(tmp_path / 'odd', data)}"
+    lenient = changed(config, sources=(source,), num_classes=10, max_quarantined=0.5)
+    assert execute(lenient) == 0
+    with pytest.raises(InputError, match="1 of 80 rows cannot be used"):
+        execute(changed(lenient, max_quarantined=0.0))
+
+
+def test_overwriting_spares_what_only_looks_like_a_dataset(config):
+    config.output_dir.mkdir()
+    (config.output_dir / "manifest.json").write_text('{"manifest_version": 3}')
+    (config.output_dir / "src").mkdir()
+    with pytest.raises(InputError, match="holds src, which is no part of a dataset"):
+        execute(changed(config, overwrite=True))
+    assert (config.output_dir / "src").is_dir()
+
+
 def test_overwriting_spares_what_is_no_dataset(config):
     config.output_dir.mkdir()
     (config.output_dir / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="out: already holds files"):
+    with pytest.raises(InputError, match=r"holds thesis\.txt, which is no part of a dataset"):
         execute(changed(config, overwrite=True))
     assert helpers.tree(config.output_dir.parent) == {"out/thesis.txt": b"mine"}
 
@@ -867,7 +899,7 @@ BAD = {
     ),
     "overwriting what is no dataset": (
         ["--source=SMALL", "--output_dir=file", "--overwrite"],
-        "file: already holds files",
+        "file: is a file; expected a folder",
     ),
     "negative size": (
         ["--source=digits", "--output_dir=out", "--validation_size=-1"],

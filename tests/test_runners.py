@@ -140,3 +140,21 @@ def test_pipeline_that_does_not_end_well(monkeypatch):
     monkeypatch.setattr(beam.Pipeline, "run", lambda self: Result())
     with pytest.raises(RuntimeError, match="the pipeline ended as CANCELLED"):
         run(lambda n: n)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--runner=PrismRunner", "--prism_location=/none/prism"],
+        ["--runner=FlinkRunner", "--flink_job_server_jar=/none/server.jar"],
+        ["--runner=PortableRunner"],
+        ["--runner=PortableRunner", "--job_endpoint=localhost:1"],
+        ["--runner=PortableRunner", "--job_endpoint=nowhere"],
+        ["--direct_num_workers=-3"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_runner_would_fail_on_is_refused_before(arguments):
+    with pytest.raises(InputError, match=r"expected|no such file") as caught:
+        runners.beam_options(arguments)
+    assert "\n" not in str(caught.value)

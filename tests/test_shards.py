@@ -4,7 +4,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from pipeline import shards
+from pipeline import dataset, shards
 from pipeline.dataset import SPLITS, image_digests, image_ids, parse_manifest, read_records
 from pipeline.dataset import manifest_json as to_json
 from pipeline.shards import ShardOptions
@@ -77,7 +77,7 @@ def test_records_stand_in_the_order_of_their_ids(tmp_path):
         assert written.shards[split].file == f"{split}-00002-of-00007.tfrecord"
     assert written.labels["test"] == dict.fromkeys((2, 5, 8, 1, 4, 7), 1)
     assert written.index == 2
-    assert written.duplicates == dict.fromkeys(("images", "copies", "conflicting", "leaked"), 0)
+    assert written.duplicates == dict.fromkeys(dataset.DUPLICATES, 0)
 
 
 def test_checksums_are_of_the_files(tmp_path):
@@ -94,8 +94,8 @@ def test_shard_without_rows(tmp_path):
         assert (tmp_path / f"{split}-00000-of-00001.tfrecord").read_bytes() == b""
         assert written.shards[split].num_examples == 0 and written.labels[split] == {}
         assert read_records(tmp_path, written.shards[split]) == []
-    assert written.duplicates == dict.fromkeys(("images", "copies", "conflicting", "leaked"), 0)
-    assert written.examples == {"images": [], "conflicting": [], "leaked": []}
+    assert written.duplicates == dict.fromkeys(dataset.DUPLICATES, 0)
+    assert written.examples == {"images": [], "conflicting": [], "leaked": [], "held_out": []}
     assert (written.dropped, written.blank) == (0, 0)
 
 
@@ -151,24 +151,24 @@ def test_copies_with_one_label_are_numbered_in_the_order_of_their_splits(tmp_pat
 
 A, B, C = images(3, seed=5)
 DUPLICATES = {
-    # rows: images, copies, conflicting, leaked
-    "none": ([("train", 1, A), ("test", 1, B)], (0, 0, 0, 0)),
-    "one copy": ([("train", 1, A), ("train", 1, A)], (1, 1, 0, 0)),
-    "two copies": ([("train", 1, A)] * 3, (1, 2, 0, 0)),
-    "other label": ([("train", 1, A), ("train", 2, A)], (1, 1, 1, 0)),
-    "two others": ([("train", 1, A), ("train", 2, A), ("train", 3, A)], (1, 2, 1, 0)),
-    "in test": ([("train", 1, A), ("test", 1, A)], (1, 1, 0, 1)),
-    "validation and test": ([("validation", 1, A), ("test", 1, A)], (1, 1, 0, 1)),
-    "train and validation": ([("train", 1, A), ("validation", 1, A)], (1, 1, 0, 0)),
-    "twice in test": ([("test", 1, A), ("test", 1, A)], (1, 1, 0, 0)),
-    "leak with conflict": ([("train", 1, A), ("test", 2, A)], (1, 1, 1, 1)),
+    # rows: images, copies, conflicting, leaked, held out
+    "none": ([("train", 1, A), ("test", 1, B)], (0, 0, 0, 0, 0)),
+    "one copy": ([("train", 1, A), ("train", 1, A)], (1, 1, 0, 0, 0)),
+    "two copies": ([("train", 1, A)] * 3, (1, 2, 0, 0, 0)),
+    "other label": ([("train", 1, A), ("train", 2, A)], (1, 1, 1, 0, 0)),
+    "two others": ([("train", 1, A), ("train", 2, A), ("train", 3, A)], (1, 2, 1, 0, 0)),
+    "in test": ([("train", 1, A), ("test", 1, A)], (1, 1, 0, 1, 0)),
+    "validation and test": ([("validation", 1, A), ("test", 1, A)], (1, 1, 0, 1, 0)),
+    "train and validation": ([("train", 1, A), ("validation", 1, A)], (1, 1, 0, 0, 1)),
+    "twice in test": ([("test", 1, A), ("test", 1, A)], (1, 1, 0, 0, 0)),
+    "leak with conflict": ([("train", 1, A), ("test", 2, A)], (1, 1, 1, 1, 0)),
     "several": (
         [
             *(("train", 1, A), ("test", 1, A), ("train", 4, A)),  # leaked, conflicting
             *(("train", 1, B), ("train", 1, B), ("validation", 1, B)),
             ("test", 9, C),
         ],
-        (2, 4, 1, 1),
+        (2, 4, 1, 1, 1),
     ),
 }
 
@@ -178,8 +178,8 @@ DUPLICATES = {
 def test_duplicates(tmp_path, rows, expected, reverse):
     written = shards.write(pack(*(rows[::-1] if reverse else rows)), 0, ONE_SHARD, tmp_path)
     assert tuple(written.duplicates.values()) == expected
-    assert tuple(written.duplicates) == ("images", "copies", "conflicting", "leaked")
-    assert list(written.examples) == ["images", "conflicting", "leaked"]
+    assert tuple(written.duplicates) == dataset.DUPLICATES
+    assert list(written.examples) == ["images", "conflicting", "leaked", "held_out"]
     for kind in written.examples:
         assert len(written.examples[kind]) == written.duplicates[kind]
         assert set(written.examples[kind]) <= set(image_ids(np.stack([A, B, C])))
@@ -227,7 +227,13 @@ def test_manifest(tmp_path):
         "copies": 2,
         "conflicting": 0,
         "leaked": 1,
-        "examples": {"images": sorted([name_a, name_c]), "conflicting": [], "leaked": [name_c]},
+        "held_out": 0,
+        "examples": {
+            "images": sorted([name_a, name_c]),
+            "conflicting": [],
+            "leaked": [name_c],
+            "held_out": [],
+        },
     }
     assert manifest.quarantined == {"count": 3, "by_reason": {"damaged": 1, "wrong size": 2}}
     assert list(manifest.quarantined["by_reason"]) == ["damaged", "wrong size"]
@@ -253,7 +259,13 @@ def test_dropping_leaks(tmp_path, reverse):
     }
     assert written.dropped == 3
     assert written.labels == {"train": {1: 1}, "validation": {1: 1}, "test": {2: 2, 9: 1}}
-    assert written.duplicates == {"images": 2, "copies": 5, "conflicting": 1, "leaked": 1}
+    assert written.duplicates == {
+        "images": 2,
+        "copies": 5,
+        "conflicting": 1,
+        "leaked": 1,
+        "held_out": 2,
+    }
     assert written.examples["leaked"] == [name_a]
 
 
@@ -263,7 +275,12 @@ def test_examples_are_the_lowest_ids(tmp_path):
     written = shards.write(rows, 0, ONE_SHARD, tmp_path)
     lowest = sorted(image_ids(pixels))[:5]
     assert written.duplicates["leaked"] == 9
-    assert written.examples == {"images": lowest, "conflicting": [], "leaked": lowest}
+    assert written.examples == {
+        "images": lowest,
+        "conflicting": [],
+        "leaked": lowest,
+        "held_out": [],
+    }
 
 
 def test_blank_images_are_counted(tmp_path):

@@ -86,6 +86,20 @@ class NumberedRows(Sequence[str]):
         return f"{self._file}#{self._positions[index]}"
 
 
+class Prefixed(Sequence[str]):
+    """Origins with the number of their source before them, made when asked for."""
+
+    def __init__(self, prefix: str, origins: Sequence[str]) -> None:
+        self._prefix = prefix
+        self._origins = origins
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self._prefix}{self._origins[index]}"
+
+
 class Source(Protocol):
     """A set of labelled 28x28 images. Picklable, and cheap to pickle."""
 

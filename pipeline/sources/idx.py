@@ -28,6 +28,7 @@ PARTS = {"train": ("train",), "test": ("t10k", "test")}
 # blocks keep that cheap, and what is held at once stays small.
 ROWS_PER_BLOCK = 16384
 ROWS_AT_ONCE = 2048
+MAX_GZIP_BLOCKS = 8
 READ_SIZE = 1 << 20
 
 
@@ -66,8 +67,13 @@ class IdxSource:
         ]
 
     def blocks(self) -> list[Block]:
-        """Ranges of rows."""
-        return ranges(self.part_sizes, ROWS_PER_BLOCK)
+        """Ranges of rows: of a gzip file few, however large it is."""
+        blocks = []
+        for part, size in self.part_sizes.items():
+            zipped = any(file.path.suffix == ".gz" for file in self.files[part])
+            rows = max(ROWS_PER_BLOCK, -(-size // MAX_GZIP_BLOCKS)) if zipped else ROWS_PER_BLOCK
+            blocks += ranges({part: size}, rows)
+        return blocks
 
     def read(self, block: Block) -> Iterator[RawRows]:
         """Yields the rows of a block."""

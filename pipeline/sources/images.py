@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -94,7 +95,10 @@ class ImagesSource:
         """Reads the files of a block; what cannot be read becomes a fault."""
         part, name = block.part.split("/", 1)
         label = self.class_names.index(name)
-        names = list_images(self.root / part / name)[block.first : block.first + block.size]
+        folder = self.root / part / name
+        names = list_images(folder, folder.stat().st_mtime_ns)[
+            block.first : block.first + block.size
+        ]
         if len(names) != block.size:
             raise RuntimeError(f"{self.root / part / name}: changed while it was read")
         pixels, origins, faults = [], [], []
@@ -136,8 +140,11 @@ def open_source(directory: str, *, resize: bool) -> ImagesSource:
         InputError: no such folder, no class folders, or not 2 to 256 classes.
     """
     root = Path(directory)
-    if not root.is_dir():
-        raise InputError(f"--source images:{directory}: no such folder")
+    try:
+        if not root.is_dir():
+            raise InputError(f"--source images:{directory}: no such folder")
+    except OSError as error:  # too long a name
+        raise InputError(f"--source images:{directory}: {error.strerror}") from None
     found = {part: _class_names(root / part) for part in PARTS}
     class_names = sort_names(set().union(*found.values()))
     if not 2 <= len(class_names) <= MAX_CLASSES:
@@ -183,7 +190,8 @@ def _class_names(part: Path) -> set[str]:
         raise InputError(f"{part}: cannot be read: {error.strerror}") from None
 
 
-def list_images(folder: Path) -> list[str]:
+@functools.lru_cache(maxsize=4)  # a worker reads many blocks of one folder
+def list_images(folder: Path, _modified: int) -> list[str]:
     """The names of a folder's image files, sorted: the same list on every machine."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if _is_image(e.name))

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.command import InputError
 from pipeline.dataset import MAX_CLASSES
-from pipeline.sources import Block, RawRows, Source, sort_names
+from pipeline.sources import Block, Prefixed, RawRows, Source, sort_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,15 @@ class JoinedSource:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The first source's, or where they differ, all of them, sorted."""
-        first, *others = (source.class_names for source in self.sources)
-        if all(names == first for names in others):
-            return first
-        return sort_names({name for source in self.sources for name in source.class_names})
+        """The first source's, in its order; then what others add to them, sorted.
+
+        Numbers alone are sorted as a whole, so that a set with fewer digits may come first.
+        """
+        first = self.sources[0].class_names
+        every = {name for source in self.sources for name in source.class_names}
+        if all(name.isdecimal() for name in every):
+            return sort_names(every)
+        return first + sort_names(every - set(first))
 
     @property
     def part_sizes(self) -> dict[str, int]:
@@ -82,7 +86,13 @@ class JoinedSource:
             before = sum(s.part_sizes[rows.part] for s in self.sources[: block.source])
             known = (rows.labels >= 0) & (rows.labels < len(labels))
             moved = np.where(known, labels[np.where(known, rows.labels, 0)], len(names) + 256)
-            yield rows._replace(labels=moved, positions=rows.positions + before)
+            prefix = f"{block.source + 1}:"
+            yield rows._replace(
+                labels=moved,
+                positions=rows.positions + before,
+                origins=Prefixed(prefix, rows.origins),
+                faults=tuple(f._replace(origin=prefix + f.origin) for f in rows.faults),
+            )
 
 
 def join(sources: list[Source]) -> Source:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.storage import remove
 
 DOWNLOAD_HOST = "storage.googleapis.com"
 PROBE_SECONDS = 8
+SETTLE_SECONDS = 1.0
 ROWS_PER_BLOCK = 16384
 ROWS_AT_ONCE = 2048
 
@@ -169,4 +171,10 @@ def _no_requests() -> Iterator[None]:
         raise requests.ConnectionError(f"{DOWNLOAD_HOST} cannot be reached")
 
     with mock.patch.object(requests.adapters.HTTPAdapter, "send", refuse):
-        yield
+        before = set(threading.enumerate())
+        try:
+            yield
+        finally:  # of several downloads the first to fail ends the wait: the others are to fail too
+            deadline = time.monotonic() + SETTLE_SECONDS
+            for thread in set(threading.enumerate()) - before:
+                thread.join(max(0.0, deadline - time.monotonic()))

@@ -22,7 +22,7 @@ def main() -> None:
             "--headless=new",
             "--no-sandbox",
             "--hide-scrollbars",
-            "--window-size=1100,4200",
+            "--window-size=1100,4120",
             f"--screenshot={target}",
             pages[-1].resolve().as_uri(),
         ],

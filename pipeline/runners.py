@@ -56,7 +56,18 @@ def beam_options(arguments: Sequence[str]) -> PipelineOptions:
     standard = options.view_as(pipeline_options.StandardOptions)
     if (standard.runner or "directrunner").lower() in ("directrunner", "direct"):
         standard.runner = IN_PROCESS
+    _check_runner(standard.runner)
     return options
+
+
+def _check_runner(name: str) -> None:
+    """Raises InputError unless there is such a runner, and what it needs is installed."""
+    from apache_beam.runners.runner import create_runner
+
+    try:
+        create_runner(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"--runner {name}: {str(error).split('. ')[0]}") from None
 
 
 def _check_options(given: dict[str, Any]) -> None:

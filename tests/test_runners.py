@@ -66,14 +66,14 @@ def test_options_that_beam_does_not_take(arguments, message):
     ],
 )
 def test_a_runner_that_does_not_exist_is_refused_before_anything_is_read(argument, message):
-    with pytest.raises(InputError, match=argument) as caught:
+    with pytest.raises(InputError, match="--runner ") as caught:
         runners.beam_options([argument])
     assert message in str(caught.value)
 
 
 def test_options_that_the_runner_refuses():
     options = runners.beam_options(["--type_check_additional=nothing"])
-    with pytest.raises(InputError, match="Beam refuses its options: Unrecognized"):
+    with pytest.raises(InputError, match=r"Beam refuses its options: [^:]+: \nUnrecognized"):
         runners.run(options, lambda _: pytest.fail("was built"), "any")
 
 

@@ -106,13 +106,18 @@ def plain_loop(idx: Path, output: Path) -> Usage:
 def tfds(idx: Path, output: Path) -> Usage:
     """Times TensorFlow Datasets."""
     shutil.rmtree(output, ignore_errors=True)
-    downloads = output / "downloads/mnist"
+    return timed("-c", TFDS, lay_out_downloads(idx, output))
+
+
+def lay_out_downloads(idx: Path, data_dir: Path) -> Path:
+    """Lays MNIST's archives out as TensorFlow Datasets keeps what it has downloaded."""
+    downloads = data_dir / "downloads/mnist"
     downloads.mkdir(parents=True)
     for name, digest in DOWNLOADS.items():
         copy = downloads / f"cvdf-datasets_mnist_{name}{digest}.gz"
         shutil.copyfile(idx / f"{name}.gz", copy)
-        (downloads / f"{copy.name}.INFO").write_text("{}")
-    return timed("-c", TFDS, output)
+        copy.with_name(f"{copy.name}.INFO").write_text("{}")
+    return data_dir
 
 
 def compare(idx: Path, work: Path, rounds: int) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, report, storage
+from pipeline import command, report, runners, storage
 from pipeline.command import InputError, log, show
 from pipeline.dataset import SPLITS, Manifest, load_manifest
 
@@ -50,18 +50,14 @@ def parse(argv: list[str]) -> EvaluateConfig:
     parser.add_argument(
         "--baseline_dir", metavar="DIR", help="another exported model, scored on the same rows"
     )
-    flags, rest = parser.parse_known_args(argv)
-    if rest:  # checked now, so that a bad flag is told before anything is read
-        from pipeline.runners import beam_options
-
-        beam_options(rest)
+    flags, beam_arguments = runners.parse_known_args(parser, argv)
     return EvaluateConfig(
         model_dir=storage.folder(flags.model_dir),
         dataset_dir=storage.folder(flags.dataset_dir),
         report_dir=storage.folder(flags.report_dir),
         split=flags.split,
         baseline_dir=storage.folder(flags.baseline_dir) if flags.baseline_dir is not None else None,
-        beam_arguments=tuple(rest),
+        beam_arguments=beam_arguments,
     )
 
 
@@ -127,7 +123,6 @@ def read_curves(model_dir: Path) -> list[dict[str, Any]]:
 def execute(config: EvaluateConfig) -> int:
     """Runs the stage."""
     manifest = load_manifest(config.dataset_dir)
-    from pipeline import runners
     from pipeline.inference import load_description
 
     for model_dir in filter(None, (config.model_dir, config.baseline_dir)):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, storage
+from pipeline import command, runners, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import (
     COMPRESSIONS,
@@ -145,13 +145,9 @@ def parse(argv: list[str]) -> PreprocessConfig:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the dataset's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
     add_flags(parser)
-    flags, rest = parser.parse_known_args(argv)
-    if rest:  # checked now, so that a bad flag is told before anything is read
-        from pipeline.runners import beam_options
-
-        beam_options(rest)
+    flags, beam_arguments = runners.parse_known_args(parser, argv)
     return config_from(
-        flags, output_dir=storage.folder(flags.output_dir), beam_arguments=tuple(rest)
+        flags, output_dir=storage.folder(flags.output_dir), beam_arguments=beam_arguments
     )
 
 
@@ -323,7 +319,7 @@ def execute(config: PreprocessConfig) -> int:
 
 def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
     """Makes the dataset."""
-    from pipeline import runners, shards, transforms
+    from pipeline import shards, transforms
 
     if config.overwrite:
         _require_only_ours(config.output_dir)

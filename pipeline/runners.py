@@ -5,6 +5,7 @@ Beam is imported here only where it is used, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import socket
@@ -31,6 +32,22 @@ class PipelineMetrics:
 
     counters: dict[str, int]
     distributions: dict[str, dict[str, int]]
+
+
+def parse_known_args(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """Parses a command's own flags, and returns those that are Beam's as they stand.
+
+    They are checked now, so that a bad flag is told before anything is read.
+
+    Raises:
+        InputError: Beam does not take one either; see `beam_options`.
+    """
+    flags, rest = parser.parse_known_args(argv)
+    if rest:  # without any, Beam need not be imported yet
+        beam_options(rest)
+    return flags, tuple(rest)
 
 
 def beam_options(arguments: Sequence[str]) -> PipelineOptions:

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -12,13 +11,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_CLASSES = 10
-# As TensorFlow Datasets names its downloads: the address, then the base64 of the checksum.
-TFDS_DOWNLOADS = {
-    "train-images-idx3-ubyte": "RA_Kv3PMVG-iFHXoHqNwJlYF9WviEKQCTSyo8gNSNgk",
-    "train-labels-idx1-ubyte": "NVJTSgpVi77WrtMrMMSVzKI9Vn7FLKyL4aBzDoAQJVw",
-    "t10k-images-idx3-ubyte": "jUIsewocHHkkWlvPB_6G4z7q_ueSuEWErsJ29aLbxOY",
-    "t10k-labels-idx1-ubyte": "965g-S4A7G3r0jpgiMMdvSNx7KP_oN7677JZkkIErsY",
-}
 
 
 def make_images(num_train=600, num_test=120, seed=0):
@@ -92,14 +84,3 @@ def tree(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def lay_out_downloads(mnist_dir, data_dir):
-    """Lays MNIST's archives out as TensorFlow Datasets keeps what it has downloaded."""
-    downloads = Path(data_dir) / "downloads/mnist"
-    downloads.mkdir(parents=True)
-    for name, digest in TFDS_DOWNLOADS.items():
-        copy = downloads / f"cvdf-datasets_mnist_{name}{digest}.gz"
-        shutil.copy(Path(mnist_dir) / f"{name}.gz", copy)
-        copy.with_name(f"{copy.name}.INFO").write_text("{}")
-    return Path(data_dir)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from helpers import lay_out_downloads, run_cli, run_python
+from helpers import run_cli, run_python
 
+from benchmarks.preprocess import lay_out_downloads
 from pipeline import registry
 from pipeline.dataset import load_manifest
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import requests
 
+from benchmarks.preprocess import lay_out_downloads
 from pipeline import preprocess
 from pipeline.command import InputError
 from pipeline.dataset import image_ids, load_manifest
@@ -549,7 +550,7 @@ print(source.class_names, source.describe()["name"])
 
 
 def test_tfds_mnist_from_downloads(mnist_dir, tmp_path):
-    helpers.lay_out_downloads(mnist_dir, tmp_path / "tfds")
+    lay_out_downloads(mnist_dir, tmp_path / "tfds")
     done = helpers.run_python(
         "-c", READ_TFDS, tmp_path, env={"TFDS_DATA_DIR": tmp_path / "tfds"}, cwd=tmp_path
     )

@@ -1,17 +1,18 @@
 # Everything a newcomer types. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test campaign engines lint bench picture lock clean
+.PHONY: help setup run test campaign engines emulator lint bench gpu-check picture lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ROOT ?= out
 SOURCE ?= auto
 ARGS ?=
+BUCKET ?= digits
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(INSTALLED) ## make .venv with the pinned versions
 
@@ -32,9 +33,14 @@ test: $(INSTALLED) ## run the default tests, offline
 campaign: $(INSTALLED) ## run the long series of tests (SHARE=2 runs two cases of each)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m campaign $(if $(SHARE),--share $(SHARE))
 
-engines: $(INSTALLED) ## install Prism and Flink, and compare what every engine writes (needs go, java, mvn)
+engines: $(INSTALLED) ## install Prism, Flink and a Cloud Storage in memory, and run what needs them (go, java, mvn)
 	$(BIN)/python tests/engines/install.py
 	$(BIN)/pytest -m campaign tests/test_engines.py
+	$(BIN)/pytest -m campaign tests/test_gcs.py $(if $(SHARE),--share $(SHARE))
+
+emulator: $(INSTALLED) ## run a Cloud Storage in memory at STORAGE_EMULATOR_HOST, for gs://BUCKET (needs go)
+	@$(BIN)/python tests/engines/install.py emulator
+	@$(BIN)/python tests/engines/emulator.py '$(BUCKET)'
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
@@ -44,6 +50,9 @@ lint: $(INSTALLED) ## check style and types
 bench: $(INSTALLED) ## measure, each figure against a peer in the same run
 	$(BIN)/python -m benchmarks.train
 	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.preprocess --idx "$$MNIST_IDX_DIR"
+
+gpu-check: $(INSTALLED) ## show on this machine's GPUs what the tests show on logical CPUs (pip install '.[gpu]')
+	$(BIN)/python -m benchmarks.gpu_check
 
 picture: $(INSTALLED) ## draw the README's picture of the report under ROOT (needs chromium)
 	$(BIN)/python docs/picture.py '$(ROOT)' docs/report.png

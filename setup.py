@@ -12,8 +12,12 @@ assert VERSION is not None
 EXTRAS = {
     # The html page: plots drawn by matplotlib, text escaped by jinja2.
     "report": ["matplotlib", "jinja2"],
-    # gs:// folders and Google's own runners.
-    "cloud": ["apache-beam[gcp]", "google-cloud-storage"],
+    # Google's own runners.
+    "cloud": ["apache-beam[gcp]"],
+    # TensorFlow with the CUDA libraries it was built for.
+    "gpu": ["tensorflow[and-cuda]"],
+    # A peer of the training benchmark.
+    "bench": ["jax"],
     # Tests, the linter, the type checker and the package builder.
     "dev": ["build", "mypy", "pytest", "pytest-xdist", "ruff"],
 }
@@ -28,6 +32,9 @@ setup(
     install_requires=[
         "absl-py",  # app, logging and flag parsing
         "apache-beam",  # the data stages
+        # gs:// folders. Beam's file systems for them come with twenty other clients and know no
+        # preconditions; this one is small, and loaded only where a gs:// folder is named.
+        "google-cloud-storage",
         "google-crc32c",  # the checksums of TFRecord framing, in C
         "importlib_resources",  # tensorflow-datasets imports it without asking for it
         "numpy",

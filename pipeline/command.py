@@ -43,6 +43,7 @@ REMARKS = (
     "No semi_persistent_directory",
     "Really starting service",
     "Really destroying service",
+    "Authentication failed using Compute Engine",  # the command says it in its own words
 )
 
 # Our own lines, apart from absl's logger, on which TensorFlow writes as well.

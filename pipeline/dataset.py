@@ -4,15 +4,12 @@ A record is a serialized ``tf.train.Example`` with
 
     image   784 float32 in [0, 1], row-major, exactly ``float32(uint8) / float32(255)``
     label   one int64
-    id      bytes: `image_ids` of the pixels; further copies get ``-1``, ``-2``, ...
+    id      bytes: `records.image_ids` of the pixels; further copies get ``-1``, ``-2``, ...
 
 in a TFRecord file. ``manifest.json`` names every file with its size and checksum and is
 written last: without it there is no dataset, and nobody globs.
 
-The encoding is written out here, rather than through TensorFlow, because it is the hot
-path of the Beam stages: packing 784 floats this way costs a copy instead of a Python loop,
-and a worker need not spend seconds importing TensorFlow. The tests hold it against
-``tf.train.Example`` and ``tf.data.TFRecordDataset``.
+What encodes and decodes records is in `pipeline.records`.
 """
 
 from __future__ import annotations
@@ -22,15 +19,10 @@ import dataclasses
 import hashlib
 import json
 import re
-import struct
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import google_crc32c
-import numpy as np
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pipeline import command, storage
 from pipeline.command import InputError
@@ -46,227 +38,12 @@ METRICS_NAME = "metrics.json"
 QUARANTINE_NAME = "quarantine"
 RECORDS_NAME = "records.jsonl"  # in it, what was set aside
 DUPLICATES = ("images", "copies", "conflicting", "leaked", "held_out")
+KINDS_OF_IMAGES = tuple(kind for kind in DUPLICATES if kind != "copies")  # that have examples
+NUM_EXAMPLES = 5  # ids that the manifest names of each kind of duplicate
 COMPRESSIONS = {"none": "", "gzip": ".gz"}
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5}}-of-[0-9]{{5}}\.tfrecord(\.gz)?")
-MAX_RECORD_BYTES = 4096
 ID_LENGTH = 32
-
-# The only way this project scales a pixel: a table look-up is exact wherever it runs, while a
-# division inside a compiled graph becomes a product, off by one bit for half of the values.
-SCALE_TABLE = np.arange(256, dtype=np.float32) / np.float32(255)
-
-
-def unscale(images: np.ndarray) -> np.ndarray:
-    """Gives back the bytes of scaled pixels: exact, as rounding is far coarser than float32."""
-    return np.rint(images * np.float32(255)).astype(np.uint8)
-
-
-# Identity
-
-
-def image_ids(pixels: np.ndarray) -> list[str]:
-    """Names images by their content.
-
-    Args:
-        pixels: uint8 [n, 784].
-
-    Returns:
-        n strings of 32 hexadecimal digits: the first half of the SHA-256 of the 784 bytes.
-    """
-    return [digest.tobytes().hex() for digest in image_digests(pixels)]
-
-
-def image_digests(pixels: np.ndarray) -> np.ndarray:
-    """The same as bytes: uint8 [n, 784] -> uint8 [n, 16]."""
-    digests = [hashlib.sha256(row.tobytes()).digest()[: ID_LENGTH // 2] for row in pixels]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ID_LENGTH // 2)
-
-
-def id_bits(image_id: str, first: int, count: int) -> int:
-    """Returns `count` of an id's 128 bits, from bit `first`, as an integer.
-
-    Decisions taken from an id each use bits of their own, and so are independent:
-    0-31 validation or train, 32-63 the test part of a source without one, 64-127 the shard.
-    """
-    return (int(image_id[:ID_LENGTH], 16) >> (128 - first - count)) & ((1 << count) - 1)
-
-
-def digest_bits(digests: np.ndarray, first: int, count: int) -> np.ndarray:
-    """`id_bits` of many: uint8 [n, 16] -> uint64 [n]; `first` and `count` in whole bytes."""
-    chosen = np.zeros((len(digests), 8), np.uint8)
-    chosen[:, 8 - count // 8 :] = digests[:, first // 8 : (first + count) // 8]
-    return chosen.view(">u8")[:, 0].astype(np.uint64)
-
-
-# Records: the protocol-buffer encoding of tf.train.Example
-# https://protobuf.dev/programming-guides/encoding/
-
-
-class Record(NamedTuple):
-    """One decoded example: `image` float32 [784], `label`, `id`."""
-
-    image: np.ndarray
-    label: int
-    id: str
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _message(field: int, body: bytes) -> bytes:
-    """A length-delimited field (wire type 2): bytes, or a message."""
-    return _varint(field << 3 | 2) + _varint(len(body)) + body
-
-
-def _feature(name: str, kind: int, values: bytes) -> bytes:
-    """One entry of the map ``Features.feature``; kind 1 bytes, 2 floats, 3 integers."""
-    return _message(
-        1, _message(1, name.encode()) + _message(2, _message(kind, _message(1, values)))
-    )
-
-
-def encode_record(pixels: bytes, label: int, record_id: str) -> bytes:
-    """Serializes one record; its map entries stand in the order of their names.
-
-    Args:
-        pixels: 784 bytes, one per pixel, unscaled.
-        label: from 0 to 255.
-        record_id: ASCII.
-    """
-    scaled = SCALE_TABLE[np.frombuffer(pixels, np.uint8)].astype("<f4").tobytes()
-    return _message(
-        1,
-        _feature("id", 1, record_id.encode("ascii"))
-        + _feature("image", 2, scaled)
-        + _feature("label", 3, _varint(label)),
-    )
-
-
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yields (field number, content) of a message that has only length-delimited fields."""
-    at = 0
-    while at < len(data):
-        tag, at = _read_varint(data, at)
-        length, at = _read_varint(data, at)
-        if tag & 7 != 2 or at + length > len(data):
-            raise ValueError("not a record of this format")
-        yield tag >> 3, data[at : at + length]
-        at += length
-
-
-def decode_record(data: bytes) -> Record:
-    """Parses what `encode_record` wrote.
-
-    Raises:
-        ValueError: the bytes are no such record.
-    """
-    found: dict[str, memoryview] = {}
-    try:
-        for _, features in _fields(memoryview(data)):
-            for _, entry in _fields(features):
-                (_, name), (_, feature) = _fields(entry)
-                ((_, values),) = _fields(feature)
-                ((_, found[bytes(name).decode("ascii")]),) = _fields(values)
-        image = np.frombuffer(found["image"], "<f4")
-        label, end = _read_varint(found["label"], 0)
-        record = Record(image, label, bytes(found["id"]).decode("ascii"))
-    except (KeyError, IndexError, UnicodeDecodeError, ValueError):
-        raise ValueError("not a record of this format") from None
-    if image.size != NUM_PIXELS or end != len(found["label"]) or len(found) != 3:
-        raise ValueError("not a record of this format")
-    return record
-
-
-# TFRecord framing: length, checksum of the length, data, checksum of the data
-# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def frame(record: bytes) -> bytes:
-    """Wraps one record as it stands in a TFRecord file."""
-    length = struct.pack("<Q", len(record))
-    return b"".join(
-        (
-            length,
-            struct.pack("<I", _masked_crc(length)),
-            record,
-            struct.pack("<I", _masked_crc(record)),
-        )
-    )
-
-
-def encode_frames(pixels: np.ndarray, labels: np.ndarray, ids: Sequence[str]) -> bytes:
-    """``frame(encode_record(...))`` of many rows, joined.
-
-    Records of ids of one length and labels below 128 have one layout: they are made at once,
-    by filling a table with the encoding of an empty record and overwriting what differs.
-
-    Args:
-        pixels: uint8 [n, 784].
-        labels: integers [n], below 256.
-        ids: n ASCII strings.
-    """
-    if not len(ids) or len(set(map(len, ids))) > 1 or max(labels) > 0x7F:
-        rows = zip(pixels, labels.tolist(), ids, strict=True)
-        return b"".join(
-            frame(encode_record(row.tobytes(), label, name)) for row, label, name in rows
-        )
-    width = len(ids[0])
-    empty = encode_record(bytes(NUM_PIXELS), 0, "-" * width)
-    size = len(empty)
-    table = np.empty((len(ids), size + 16), np.uint8)
-    table[:, :-4] = np.frombuffer(frame(empty)[:-4], np.uint8)
-    records = table[:, 12 : 12 + size]
-    at = empty.index(b"-" * width)
-    records[:, at : at + width] = np.frombuffer("".join(ids).encode(), np.uint8).reshape(-1, width)
-    at = empty.index(bytes(4 * NUM_PIXELS))
-    records[:, at : at + 4 * NUM_PIXELS] = SCALE_TABLE[pixels].astype("<f4").view(np.uint8)
-    records[:, -1] = labels
-    checks = [_masked_crc(record.tobytes()) for record in records]
-    table[:, -4:] = np.array(checks, "<u4")[:, None].view(np.uint8)
-    return table.tobytes()
-
-
-def read_frames(data: bytes, name: str) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file's content.
-
-    Raises:
-        InputError: a frame is cut short or its checksum is wrong.
-    """
-    at = 0
-    while at < len(data):
-        header = data[at : at + 12]
-        size = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else -1
-        record, check = data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size]
-        if (
-            len(check) != 4
-            or struct.unpack("<I", header[8:])[0] != _masked_crc(header[:8])
-            or struct.unpack("<I", check)[0] != _masked_crc(record)
-        ):
-            raise InputError(f"{name}: damaged at byte {at}; expected a whole TFRecord frame")
-        yield record
-        at += 16 + size
+IMAGE_ID = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 
 
 # The manifest
@@ -305,7 +82,8 @@ class Manifest:
         quarantined: records set aside, ``{"count", "by_reason"}``.
         dropped: records left out on request.
         flagged: records written although something about them is odd, by what it is.
-        duplicates: how often the same pixels occur, and how often with different labels.
+        duplicates: how often the same pixels occur, and how often with different labels, with
+            the lowest ids of each kind as ``"examples"``.
     """
 
     format_version: int
@@ -356,6 +134,7 @@ def parse_manifest(text: str, name: str) -> Manifest:
             " run pipeline.preprocess again, with --overwrite or into a new folder"
         )
     try:
+        _require(set(raw["splits"]) == set(SPLITS), f"splits are not {', '.join(SPLITS)}")
         manifest = Manifest(
             **raw
             | {
@@ -377,55 +156,135 @@ def _parse_split(raw: dict[str, Any]) -> Split:
     )
 
 
-def _check_manifest(manifest: Manifest) -> None:
-    """Raises ValueError where the manifest contradicts itself."""
-    if manifest.image_shape != IMAGE_SHAPE:
-        raise ValueError(f"image_shape is {manifest.image_shape}, expected {IMAGE_SHAPE}")
-    if type(manifest.num_classes) is not int or not 2 <= manifest.num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes is {manifest.num_classes!r}, expected 2 to {MAX_CLASSES}")
-    if len(manifest.class_names) != manifest.num_classes:
-        raise ValueError(
-            f"{len(manifest.class_names)} class names for {manifest.num_classes} classes"
+def is_line(text: Any) -> bool:
+    """Tells whether something is a string of one line: not empty, no control characters."""
+    return (
+        isinstance(text, str)
+        and text != ""
+        and not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in text)
+    )
+
+
+def _require(right: bool, wrong: str) -> None:
+    if not right:
+        raise ValueError(wrong)
+
+
+def _require_counts(counts: Iterable[Any], of: str) -> None:
+    for count in counts:
+        _require(
+            type(count) is int and count >= 0, f"{of} counts {count!r}, expected a whole number"
         )
-    if not all(isinstance(name, str) for name in manifest.class_names):
-        raise ValueError("a class name is not a string")
-    if len(set(manifest.class_names)) != manifest.num_classes:
-        raise ValueError("a class name occurs twice")
-    if manifest.split_by not in ("positional", "hash"):
-        raise ValueError(f"split_by is {manifest.split_by!r}, expected positional or hash")
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError, or what a wrong type brings, where the manifest contradicts itself."""
+    _require(
+        manifest.image_shape == IMAGE_SHAPE,
+        f"image_shape is {manifest.image_shape}, expected {IMAGE_SHAPE}",
+    )
+    _require(
+        manifest.split_by in ("positional", "hash"),
+        f"split_by is {manifest.split_by!r}, expected positional or hash",
+    )
+    _check_classes(manifest)
     for name, split in manifest.splits.items():
-        for shard in split.shards:
-            if not SHARD_FILE.fullmatch(shard.file):
-                raise ValueError(f"shard {shard.file!r} is not a plain file name")
-        if len(split.label_counts) != manifest.num_classes:
-            raise ValueError(f"{name} counts {len(split.label_counts)} labels")
-        in_shards = [shard.num_examples for shard in split.shards]
-        for count in (split.num_examples, *split.label_counts, *in_shards):
-            if type(count) is not int or count < 0:
-                raise ValueError(f"{name} counts {count!r}, expected a whole number")
-        if not split.num_examples == sum(split.label_counts) == sum(in_shards):
-            raise ValueError(f"{name} has {split.num_examples} examples, but its parts differ")
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    if len({shard.file for shard in shards}) != len(shards):
-        raise ValueError("a file is listed twice")
+        _check_split(name, split, manifest.num_classes)
+    _check_file_names(manifest)
     _check_remarks(manifest)
-    if manifest.dataset_id != dataset_id(shards, manifest.class_names):
-        raise ValueError("dataset_id does not follow from the checksums")
+    _check_duplicates(manifest.duplicates)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    _require(
+        manifest.dataset_id == dataset_id(shards, manifest.class_names),
+        "dataset_id does not follow from the checksums",
+    )
+
+
+def _check_classes(manifest: Manifest) -> None:
+    number, names = manifest.num_classes, manifest.class_names
+    _require(
+        type(number) is int and 2 <= number <= MAX_CLASSES,
+        f"num_classes is {number!r}, expected 2 to {MAX_CLASSES}",
+    )
+    _require(len(names) == number, f"{len(names)} class names for {number} classes")
+    for name in names:
+        _require(is_line(name), f"class name {name!r} is not a string of one line")
+    _require(len(set(names)) == number, "a class name occurs twice")
+
+
+def _check_split(name: str, split: Split, num_classes: int) -> None:
+    _require(
+        len(split.label_counts) == num_classes, f"{name} counts {len(split.label_counts)} labels"
+    )
+    in_shards = [shard.num_examples for shard in split.shards]
+    sizes = [shard.bytes for shard in split.shards]
+    _require_counts((split.num_examples, *split.label_counts, *in_shards, *sizes), name)
+    _require(
+        split.num_examples == sum(split.label_counts) == sum(in_shards),
+        f"{name} has {split.num_examples} examples, but its parts differ",
+    )
+    for shard in split.shards:
+        _require(
+            re.fullmatch("[0-9a-f]{64}", shard.sha256) is not None,
+            f"{shard.sha256!r} is not a checksum",
+        )
+
+
+def _check_file_names(manifest: Manifest) -> None:
+    """Every split has as many files, named as `shard_name` names them, all compressed or none."""
+    first = manifest.splits[SPLITS[0]].shards
+    _require(len(first) > 0, f"{SPLITS[0]} has no files")
+    compression = "gzip" if str(first[0].file).endswith(".gz") else "none"
+    for name, split in manifest.splits.items():
+        _require(
+            len(split.shards) == len(first),
+            f"{name} has {len(split.shards)} files, {SPLITS[0]} has {len(first)}",
+        )
+        for index, shard in enumerate(split.shards):
+            expected = shard_name(name, index, len(first), compression)
+            _require(shard.file == expected, f"file {shard.file!r}, expected {expected}")
 
 
 def _check_remarks(manifest: Manifest) -> None:
-    """Raises ValueError or KeyError where what was noted of the source is not as agreed."""
-    if not isinstance(manifest.source["title"], str):
-        raise ValueError("source has no title")
-    counts = [manifest.dropped, manifest.quarantined["count"], manifest.flagged["blank"]]
-    for count in (*counts, *(manifest.duplicates[kind] for kind in DUPLICATES)):
-        if type(count) is not int or count < 0:
-            raise ValueError(f"{count!r} is no number of records")
-    if sum(manifest.quarantined["by_reason"].values()) != manifest.quarantined["count"]:
-        raise ValueError("quarantined counts more or fewer than its reasons")
+    """What was noted of the source, and of the rows that were left out or are odd."""
+    source, quarantined = manifest.source, manifest.quarantined
+    _require(
+        isinstance(source, dict) and is_line(source.get("title")),
+        "source has no title of one line",
+    )
+    _require(set(quarantined) == {"count", "by_reason"}, "quarantined is not count and by_reason")
+    by_reason = quarantined["by_reason"]
+    _require_counts((quarantined["count"], *by_reason.values()), "quarantined")
+    _require(all(map(is_line, by_reason)), "a reason in quarantined is not a string of one line")
+    _require(
+        sum(by_reason.values()) == quarantined["count"] and 0 not in by_reason.values(),
+        "quarantined counts more or fewer than its reasons",
+    )
+    _require_counts([manifest.dropped], "dropped")
+    _require(set(manifest.flagged) == {"blank"}, "flagged is not blank alone")
+    _require_counts(manifest.flagged.values(), "flagged")
 
 
-def load_manifest(directory: Path) -> Manifest:
+def _check_duplicates(duplicates: dict[str, Any]) -> None:
+    _require(
+        set(duplicates) == {*DUPLICATES, "examples"},
+        f"duplicates is not {', '.join(DUPLICATES)} and examples",
+    )
+    _require_counts((duplicates[kind] for kind in DUPLICATES), "duplicates")
+    examples = duplicates["examples"]
+    _require(set(examples) == set(KINDS_OF_IMAGES), "examples of duplicates are of other kinds")
+    for kind, ids in examples.items():
+        _require(
+            isinstance(ids, list) and all(IMAGE_ID.fullmatch(each) for each in ids),
+            f"examples of {kind} are not ids",
+        )
+        _require(
+            ids == sorted(set(ids)) and len(ids) == min(NUM_EXAMPLES, duplicates[kind]),
+            f"examples of {kind} are not the lowest of {duplicates[kind]}",
+        )
+
+
+def load_manifest(directory: storage.Place) -> Manifest:
     """Reads the manifest of a dataset folder.
 
     Raises:
@@ -444,61 +303,25 @@ def load_manifest(directory: Path) -> Manifest:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def read_shard(directory: Path, shard: Shard) -> bytes:
-    """Reads a shard file, uncompressed, and checks it against the manifest.
+def check_files(directory: storage.Place, manifest: Manifest, split: str) -> None:
+    """Checks that the files of a split are there, by their sizes alone: without reading them.
 
     Raises:
-        InputError: the file is missing, or its size or checksum differs.
+        InputError: one is missing or has another size than the manifest says.
     """
-    path = directory / shard.file
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) != shard.bytes:
-        raise InputError(f"{path}: has {len(data)} bytes, the manifest says {shard.bytes}")
-    if path.suffix == ".gz":
-        data = _uncompress(data, path, shard.num_examples * MAX_RECORD_BYTES)
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise InputError(f"{path}: its checksum differs from the manifest's")
-    return data
-
-
-def _uncompress(data: bytes, path: Path, limit: int) -> bytes:
-    """Uncompresses a gzip file that may not grow beyond a limit."""
-    reader = zlib.decompressobj(wbits=31)
-    try:
-        # A manifest may claim more records than fit in a length.
-        content = reader.decompress(data, min(limit + 1, sys.maxsize))
-    except zlib.error as error:
-        raise InputError(f"{path}: not a gzip file: {error}") from None
-    if len(content) > limit or not reader.eof or reader.unused_data:
-        raise InputError(f"{path}: cut short, or larger than its records can be")
-    return content
-
-
-def read_records(directory: Path, shard: Shard) -> list[Record]:
-    """Reads and decodes a whole shard, checked against the manifest.
-
-    Raises:
-        InputError: the file is damaged or is not what the manifest says.
-    """
-    path = str(directory / shard.file)
-    try:
-        records = [
-            decode_record(record) for record in read_frames(read_shard(directory, shard), path)
-        ]
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    if len(records) != shard.num_examples:
-        raise InputError(f"{path}: {len(records)} records, the manifest says {shard.num_examples}")
-    return records
+    sizes = storage.sizes(directory)
+    for shard in manifest.splits[split].shards:
+        path = directory / shard.file
+        if shard.file not in sizes:
+            raise InputError(f"{path}: missing; the manifest names it")
+        if (size := sizes[shard.file]) != shard.bytes:
+            raise InputError(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
 
 
 # The command
 
 
-def parse(argv: list[str]) -> tuple[str, list[Path]]:
+def parse(argv: list[str]) -> tuple[str, list[storage.Place]]:
     """Parses the command line: the action, and the datasets it is about."""
     parser = command.Parser(PROG, __doc__)
     actions = parser.add_subparsers(
@@ -513,19 +336,19 @@ def parse(argv: list[str]) -> tuple[str, list[Path]]:
         action.error = parser.error
         action.add_argument("dirs", nargs=operands, metavar="DIR")
     flags = parser.parse_args(argv)
-    return flags.action, [storage.folder(name) for name in flags.dirs]
+    return flags.action, [storage.folder(name, buckets=True) for name in flags.dirs]
 
 
-def execute(request: tuple[str, list[Path]]) -> int:
+def execute(request: tuple[str, list[storage.Place]]) -> int:
     """Runs the command; a dataset that is not what its manifest states is wrong input."""
-    from pipeline import inspection
+    from pipeline import comparison, inspection
 
     action, directories = request
     if action != "verify":
         command.show(
-            inspection.describe(*directories)
+            comparison.describe(*directories)
             if action == "describe"
-            else inspection.diff(*directories)
+            else comparison.diff(*directories)
         )
         return command.DONE
     problems = inspection.verify(*directories)

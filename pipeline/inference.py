@@ -15,8 +15,9 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline import command
 from pipeline.command import InputError
-from pipeline.dataset import IMAGE_SHAPE, Shard, read_records, unscale
+from pipeline.dataset import IMAGE_SHAPE, Shard
 from pipeline.metrics import Counts, count, zero_counts
+from pipeline.records import read_records, unscale
 
 if TYPE_CHECKING:
     import tensorflow as tf

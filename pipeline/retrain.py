@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import command, preprocess, registry, report, storage
+from pipeline import command, options, registry, report, storage
 from pipeline.command import InputError, log, show
 from pipeline.dataset import MANIFEST_NAME, load_manifest
 from pipeline.evaluate import REPORT_FILE
-from pipeline.preprocess import PreprocessConfig
+from pipeline.options import PreprocessConfig
 from pipeline.sources import SYNTAX, Source
 
 PROG = "pipeline.retrain"
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> RetrainConfig:
         metavar="X",
         help="nor with any class below this (default: %(default)s)",
     )
-    preprocess.add_flags(parser.add_argument_group("the dataset"))
+    options.add_flags(parser.add_argument_group("the dataset"))
     parser.add_argument_group(
         "the training", "every other flag goes to trainer.task; see its --help"
     )
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> RetrainConfig:
     flags.source = flags.source or ["auto"]
     return RetrainConfig(
         root=storage.folder(flags.root),
-        preprocess=preprocess.config_from(flags, output_dir=Path(), beam_arguments=()),
+        preprocess=options.config_from(flags, output_dir=Path(), beam_arguments=()),
         gate=registry.Gate(
             min_accuracy=flags.min_accuracy, min_class_accuracy=flags.min_class_accuracy
         ),
@@ -133,7 +133,7 @@ def execute(config: RetrainConfig) -> int:
     # What the user may have got wrong comes first: until here, nothing is written.
     trainer_config = ask_trainer(config)
     source = resolve_source(config)
-    fingerprint = preprocess.fingerprint(config.preprocess, source)
+    fingerprint = options.fingerprint(config.preprocess, source)
     with storage.locked(config.root) as lock:
         stages = Stages(lock)
         try:
@@ -167,8 +167,7 @@ def _run_chain(
             "trainer.task",
             "--dataset_dir",
             dataset_dir,
-            "--run_dir",
-            run_dir,
+            *trainer_folders(run_dir),
             *config.trainer_arguments,
         )
         champion = registry.champion(config.root)
@@ -198,7 +197,8 @@ def ask_trainer(config: RetrainConfig) -> dict[str, Any]:
     Raises:
         InputError: it does not know one, or refuses its value.
     """
-    taken = {"--run_dir", "--dataset_dir", "--dry_run"}
+    folders = (flag.split("=")[0] for flag in trainer_folders(Path("-")))
+    taken = {"--dataset_dir", "--dry_run", *folders}
     if named := [flag for flag in config.trainer_arguments if flag.split("=")[0] in taken]:
         raise InputError(f"{named[0]}: is for trainer.task alone; here it follows from --root")
     answer = subprocess.run(
@@ -208,7 +208,7 @@ def ask_trainer(config: RetrainConfig) -> dict[str, Any]:
             "trainer.task",
             "--dry_run",
             "--dataset_dir=-",
-            "--run_dir=-",
+            *trainer_folders(Path("-")),
             *config.trainer_arguments,
         ],
         capture_output=True,
@@ -220,6 +220,13 @@ def ask_trainer(config: RetrainConfig) -> dict[str, Any]:
     return json.loads(answer.stdout)
 
 
+def trainer_folders(run_dir: Path) -> list[str]:
+    """Where the trainer writes: in the run folder, whatever a cloud's environment says."""
+    places = {"model": "export", "checkpoint": "checkpoints", "tensorboard": "tensorboard"}
+    inside = [f"--{name}_dir={run_dir / folder}" for name, folder in places.items()]
+    return [f"--run_dir={run_dir}", *inside]
+
+
 def resolve_source(config: RetrainConfig) -> Source:
     """Opens the source; ``auto`` stays what it was for the champion of this root."""
     champion = registry.champion(config.root)
@@ -228,7 +235,7 @@ def resolve_source(config: RetrainConfig) -> Source:
         names = " and ".join(champion.sources)
         log.info("source auto: %s, as for the champion (--source changes it)", names)
         wanted = dataclasses.replace(wanted, sources=tuple(champion.sources))
-    return preprocess.open_sources_of(wanted)
+    return options.open_sources_of(wanted)
 
 
 def _preprocess(config: RetrainConfig, fingerprint: str, source: Source, stages: Stages) -> Path:
@@ -241,7 +248,7 @@ def _preprocess(config: RetrainConfig, fingerprint: str, source: Source, stages:
             *[f"--source={spec}" for spec in source.specs],
             "--output_dir",
             dataset_dir,
-            *preprocess.dataset_arguments(config.preprocess),
+            *options.dataset_arguments(config.preprocess),
         )
     return dataset_dir
 

@@ -137,6 +137,8 @@ def run(
         text = f"InputError: {error}" if isinstance(error, InputError) else str(error)
         found = re.search(r"InputError: (.+?)(?: \[while running|\\n|\n|$)", text)
         if found is None:
+            if "KeyboardInterrupt" in text:  # which Beam takes for an error of the step
+                raise KeyboardInterrupt from None
             raise
         raise InputError(found[1]) from None
     if state != PipelineState.DONE:

@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -17,18 +16,19 @@ from pipeline.dataset import (
     DUPLICATES,
     FORMAT_VERSION,
     IMAGE_SHAPE,
+    KINDS_OF_IMAGES,
+    NUM_EXAMPLES,
     SPLITS,
     Manifest,
     Shard,
     Split,
     dataset_id,
-    encode_frames,
     shard_name,
 )
-from pipeline.storage import open_atomic
+from pipeline.records import encode_frames
+from pipeline.storage import Place, open_atomic
 
 ROWS_AT_ONCE = 1024
-NUM_EXAMPLES = 5  # ids that the manifest names of each kind of duplicate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def record_id(halves: np.ndarray, occurrence: int = 0) -> str:
     return f"{halves[0]:016x}{halves[1]:016x}" + (f"-{occurrence}" if occurrence else "")
 
 
-def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) -> WrittenShards:
+def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Place) -> WrittenShards:
     """Sorts the rows of one shard number and writes a file for each split.
 
     Args:
@@ -114,7 +114,7 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) 
     """
     rows = order(rows)
     starts = group_starts(rows["id"])
-    duplicates, examples, leaked = _find_duplicates(rows, starts)
+    duplicates, examples, leaked = find_duplicates(rows, starts)
     occurrences = occurrence_numbers(starts)
     kept = np.ones(len(rows), bool)
     if options.drop_leaks:
@@ -141,7 +141,7 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Path) 
 
 
 def _write_file(
-    path: Path, rows: np.ndarray, occurrences: np.ndarray, chosen: np.ndarray, compression: str
+    path: Place, rows: np.ndarray, occurrences: np.ndarray, chosen: np.ndarray, compression: str
 ) -> tuple[Shard, float]:
     """Writes the chosen rows, a bounded number at a time; also returns seconds spent encoding."""
     digest = hashlib.sha256()
@@ -172,7 +172,7 @@ def _compressed(file: IO[bytes], compression: str) -> Iterator[IO[bytes]]:
         yield out  # type: ignore[misc]
 
 
-def _find_duplicates(
+def find_duplicates(
     rows: np.ndarray, starts: np.ndarray
 ) -> tuple[dict[str, int], dict[str, list[str]], np.ndarray]:
     """Counts and names what occurs more than once among sorted rows; see `WrittenShards`.
@@ -257,9 +257,8 @@ def _merge_duplicates(in_order: list[WrittenShards]) -> dict[str, Any]:
     merged: dict[str, Any] = {
         kind: sum(part.duplicates[kind] for part in in_order) for kind in DUPLICATES
     }
-    kinds = [kind for kind in DUPLICATES if kind != "copies"]
     merged["examples"] = {
         kind: sorted(name for part in in_order for name in part.examples[kind])[:NUM_EXAMPLES]
-        for kind in kinds
+        for kind in KINDS_OF_IMAGES
     }
     return merged

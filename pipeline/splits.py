@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 
 from pipeline.command import InputError
-from pipeline.dataset import SPLITS, digest_bits
+from pipeline.dataset import SPLITS
+from pipeline.records import digest_bits
 from pipeline.sources import Source
 
 

@@ -1,7 +1,8 @@
 """Folders behind the few verbs the job needs: write once, publish whole, lock.
 
 A reader of a published folder or file sees the old content or the new one, never a part:
-everything is written beside its final name and renamed.
+everything is written beside its final name and renamed. Folders are local, or ``gs://``: see
+`gcs_publish` on how the same is held to where nothing can be renamed.
 """
 
 from __future__ import annotations
@@ -9,29 +10,53 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, overload
 
+from pipeline import gcs
 from pipeline.command import InputError, LockedError
+from pipeline.gcs import GcsPath
+
+if TYPE_CHECKING:
+    from pipeline.leases import Lease
 
 LOCK_NAME = ".lock"
+SPOOL_BYTES = 32 << 20  # of an object that is being written: in memory, beyond that on the disk
+
+Place = Path | GcsPath
+PlaceT = TypeVar("PlaceT", bound=Place)
 
 
 class OccupiedError(InputError):
     """A folder that was to be written already holds files."""
 
 
-def folder(text: str) -> Path:
-    """Parses a flag that names a folder.
+def place(text: str) -> Place:
+    """Reads back what ``str`` made of a folder or file."""
+    return gcs.parse(text) if text.startswith(gcs.SCHEME) else Path(text)
+
+
+@overload
+def folder(text: str) -> Path: ...
+@overload
+def folder(text: str, *, buckets: bool) -> Place: ...
+def folder(text: str, *, buckets: bool = False) -> Place:
+    """Parses a flag that names a folder, which may be in a bucket where `buckets` says so.
 
     Raises:
-        InputError: the folder is in a bucket, where none can be so far, or cannot be looked at.
+        InputError: it is of another kind, or cannot be looked at.
     """
+    if buckets and text.startswith(gcs.SCHEME):
+        return gcs.parse(text)
     if "://" in text:
-        raise InputError(f"{text}: expected a local folder; buckets are not supported yet")
+        expected = "a local folder or gs://bucket/path" if buckets else "a local folder"
+        reason = "" if buckets else "; buckets are not supported yet"
+        raise InputError(f"{text}: expected {expected}{reason}")
     if not text:
         raise InputError("expected a folder, got an empty name")
     path = Path(text)
@@ -43,16 +68,32 @@ def folder(text: str) -> Path:
     return path
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def sizes(directory: Place) -> dict[str, int]:
+    """{name: size in bytes} of the files in a folder, from one listing where it is in a bucket."""
+    if isinstance(directory, GcsPath):
+        return {name: stat.st_size for name, stat in directory.walk().items() if "/" not in name}
+    return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+
+
+def write_atomic(path: Place, data: bytes | str) -> None:
     """Writes a whole file; see `open_atomic`."""
     with open_atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file under a temporary name; once written, flushes it to the disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def open_atomic(path: Place) -> Iterator[IO[bytes]]:
+    """Opens a file under a temporary name; once written, flushes it to the disk and renames it.
+
+    An object is kept aside until it is written, and then uploaded, which shows it whole.
+    """
+    if isinstance(path, GcsPath):
+        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+            yield spool
+            path.write_bytes(spool)
+        return
+    # Not its parents: a worker of a killed run must not make anew what the next run removed.
+    path.parent.mkdir(exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -66,12 +107,17 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def require_writable(directory: Path) -> None:
+def require_writable(directory: Place) -> None:
     """Makes sure that files can be written in a folder, or it can be made; leaves no trace.
 
     Raises:
         InputError: they cannot.
     """
+    if isinstance(directory, GcsPath):
+        probe = directory / f".{secrets.token_hex(8)}"
+        probe.put(b"", 0)
+        probe.unlink(missing_ok=True)
+        return
     place = directory.absolute()
     try:
         while not place.exists():
@@ -82,8 +128,9 @@ def require_writable(directory: Path) -> None:
         raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def published_whole(
+    final: PlaceT, *, replace: bool = False, last: str = ""
+) -> AbstractContextManager[PlaceT]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
 
     What an earlier process left behind, killed in the middle, is removed first.
@@ -92,13 +139,26 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
         final: the folder.
         replace: whether it may take the place of one that holds files. That one is moved aside
             in the end: killed just then, neither stands under the name, and the next attempt
-            brings the old one back.
+            brings the old one back. In a bucket it is removed in the end, and killed just then,
+            the next attempt removes what is left of both.
+        last: the file without which the folder is nothing to its readers; in a bucket it comes
+            last and goes first.
 
     Raises:
         InputError: `final` cannot be created or replaced.
         OccupiedError: it already holds files.
         LockedError: another process is writing the same folder.
     """
+    if isinstance(final, GcsPath):
+        from pipeline import gcs_publish
+
+        published: Any = gcs_publish.published_whole(final, replace=replace, last=last)
+        return published
+    return cast(Any, _published_whole(final, replace))
+
+
+@contextlib.contextmanager
+def _published_whole(final: Path, replace: bool) -> Iterator[Path]:
     if not replace:
         require_absent(final)
     place, staging, aside = _places(final)
@@ -114,13 +174,15 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             if not replace:
                 require_absent(final)  # again: it may have been published as we took the lock
             _clear(staging)
-            yield staging
+            # Of a name of its own, which a worker of a killed run that goes on writing lacks.
+            fresh = staging / secrets.token_hex(8)
+            fresh.mkdir()
+            yield fresh
             if replace and place.exists():
                 place.rename(aside)
-            staging.rename(place)  # POSIX lets it replace an empty folder
+            fresh.rename(place)  # POSIX lets it replace an empty folder
             remove(aside)
-            # Only now: without its lock, another process could take over the staging folder.
-            (place / LOCK_NAME).unlink(missing_ok=True)
+            remove(staging)
         except BaseException:
             if aside.exists() and not place.exists():
                 aside.rename(place)
@@ -131,12 +193,17 @@ def published_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
             raise
 
 
-def recover(final: Path) -> None:
+def recover(final: Place) -> None:
     """Puts in order what a process left that was killed inside `published_whole`.
 
     A folder that had been moved aside comes back, and nothing temporary remains. Does nothing
     while another process is at work there.
     """
+    if isinstance(final, GcsPath):
+        from pipeline import gcs_publish
+
+        gcs_publish.recover(final)
+        return
     place, staging, aside = _places(final)
     if staging.exists() or aside.exists():
         with contextlib.suppress(LockedError), locked(staging):
@@ -144,9 +211,6 @@ def recover(final: Path) -> None:
             _clear(staging)
             # What another process puts there, from the moment that the lock is gone, stays.
             shutil.rmtree(staging, ignore_errors=True)
-    if (place / LOCK_NAME).exists():
-        with contextlib.suppress(LockedError), locked(place):
-            (place / LOCK_NAME).unlink()
 
 
 def _places(final: Path) -> tuple[Path, Path, Path]:
@@ -172,8 +236,13 @@ def _clear(staging: Path) -> None:
             remove(leftover)
 
 
-def remove(path: Path) -> None:
+def remove(path: Place) -> None:
     """Removes a file, a link or a whole folder, of which another process may remove parts too."""
+    if isinstance(path, GcsPath):
+        from pipeline import gcs_publish
+
+        gcs_publish.remove(path)
+        return
 
     def failed(_: object, __: str, info: Any) -> None:
         if not isinstance(info[1], FileNotFoundError):
@@ -185,15 +254,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def require_absent(final: Path) -> None:
+def require_absent(final: Place) -> None:
     """Raises OccupiedError if `final` is a file or a folder that holds anything."""
     if final.is_file() or (final.is_dir() and any(final.iterdir())):
         raise OccupiedError(f"{final}: already holds files; expected a new or empty folder")
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """Holds the lock of a folder, and yields its file descriptor.
+@overload
+def locked(directory: Path) -> AbstractContextManager[int]: ...
+@overload
+def locked(directory: GcsPath) -> AbstractContextManager[Lease]: ...
+def locked(directory: Place) -> AbstractContextManager[int] | AbstractContextManager[Lease]:
+    """Holds the lock of a folder, and yields its file descriptor, or a lease in a bucket.
 
     The kernel drops the lock when the last process that holds the descriptor ends, however it
     ends; a child that inherits the descriptor (``pass_fds``) therefore keeps it.
@@ -202,6 +274,15 @@ def locked(directory: Path) -> Iterator[int]:
         LockedError: another process holds it.
         InputError: the folder cannot be created.
     """
+    if isinstance(directory, GcsPath):
+        from pipeline import leases
+
+        return leases.held(directory)
+    return _locked(directory)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[int]:
     path = directory / LOCK_NAME
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import apache_beam as beam
@@ -16,10 +15,11 @@ import zstandard
 from apache_beam.metrics import Metrics
 
 from pipeline import shards
-from pipeline.dataset import QUARANTINE_NAME, RECORDS_NAME, digest_bits, image_digests, image_ids
+from pipeline.dataset import QUARANTINE_NAME, RECORDS_NAME
+from pipeline.records import digest_bits, image_digests, image_ids
 from pipeline.sources import Block, RawRows, Source
 from pipeline.splits import Splitter
-from pipeline.storage import write_atomic
+from pipeline.storage import Place, place, write_atomic
 
 NAMESPACE = "preprocess"
 
@@ -150,7 +150,7 @@ class WriteShards(beam.PTransform):
 
     splitter: Splitter
     options: shards.ShardOptions
-    directory: Path
+    directory: Place
 
     def expand(self, rows: beam.PCollection[RawRows]) -> beam.PCollection[shards.WrittenShards]:
         """RawRows -> one WrittenShards for every shard number."""
@@ -174,7 +174,7 @@ def _write_shard(
 ) -> shards.WrittenShards:
     index, packed = keyed
     started = time.monotonic()
-    written = shards.write(decompress(packed), index, options, Path(directory))
+    written = shards.write(decompress(packed), index, options, place(directory))
     for name, seconds in (
         ("shard-write-msec", time.monotonic() - started),
         ("shard-encode-msec", written.encode_seconds),
@@ -193,7 +193,7 @@ def _write_shard(
 class WriteQuarantine(beam.PTransform):
     """Writes the rows set aside, and counts them by reason."""
 
-    directory: Path
+    directory: Place
 
     def expand(self, bad: beam.PCollection[Quarantined]) -> beam.PCollection[dict[str, int]]:
         """Quarantined -> {reason: count}."""
@@ -207,7 +207,7 @@ class WriteQuarantine(beam.PTransform):
 def _write_quarantine(bad: list[Quarantined], directory: str) -> dict[str, int]:
     rows = sorted((Quarantined(*row) for row in bad), key=lambda row: row[::-1])  # by part, origin
     lines = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
-    write_atomic(Path(directory) / QUARANTINE_NAME / RECORDS_NAME, lines)
+    write_atomic(place(directory) / QUARANTINE_NAME / RECORDS_NAME, lines)
     return dict(Counter(row.reason for row in rows))
 
 

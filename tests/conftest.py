@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import helpers
 
-from pipeline import preprocess
+from pipeline import options, preprocess
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def small_idx(tmp_path_factory):
 def small_dataset(small_idx, tmp_path_factory):
     """The dataset made of `small_idx`: 500 train, 100 validation, 120 test. Read only."""
     directory = tmp_path_factory.mktemp("dataset") / "small"
-    config = preprocess.PreprocessConfig(
+    config = options.PreprocessConfig(
         sources=(f"idx:{small_idx}",), output_dir=directory, num_shards=3
     )
     assert preprocess.execute(config) == 0

@@ -4,10 +4,13 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import preprocess
+from pipeline import options, preprocess
 from pipeline.command import InputError
-from pipeline.dataset import load_manifest, read_records
-from trainer.data import cut, epoch_order, load_split
+from pipeline.dataset import load_manifest
+from pipeline.records import read_records
+from trainer import sources, stream
+from trainer.data import cut, epoch_order, load_split, shards_of
+from trainer.sources import open_source, resolve_input
 
 # A split from its files
 
@@ -39,7 +42,7 @@ def test_load_split_of_no_examples(small_dataset):
 def compressed(small_idx, tmp_path_factory):
     """`small_dataset` with compressed files. Read only."""
     directory = tmp_path_factory.mktemp("compressed") / "small"
-    config = preprocess.PreprocessConfig(
+    config = options.PreprocessConfig(
         sources=(f"idx:{small_idx}",), output_dir=directory, num_shards=3, compression="gzip"
     )
     assert preprocess.execute(config) == 0
@@ -161,3 +164,95 @@ def test_cut_by_hand():
     indices, mask = cut(np.array([3, 1, 4, 0, 2], np.int32), 3)
     assert indices.tolist() == [[3, 1, 4], [0, 2, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+# Streamed
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 64)
+
+
+@pytest.mark.parametrize("sizes", [[500], [1], [3, 1], [170, 165, 165], [9, 300, 1, 64, 7, 120]])
+@pytest.mark.parametrize("seed", [None, 22])
+def test_a_plan_gives_every_row_exactly_once(small_windows, sizes, seed):
+    lanes, order, picks = stream.make_plan(sizes, seed, 3)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(sum(sizes)))
+    assert sorted(shard for lane in lanes for shard in lane) == list(range(len(sizes)))
+    assert len(lanes) == (1 if seed is None else min(4, len(sizes)))
+    assert sum(map(len, picks)) == sum(sizes)
+    assert max(map(len, picks)) <= 64
+    if seed is None:
+        np.testing.assert_array_equal(order, np.arange(sum(sizes)))
+
+
+def test_a_plan_depends_on_seed_and_epoch_alone(small_windows):
+    orders = [stream.make_plan([50, 60], *key).order.tolist() for key in ((1, 0), (1, 1), (2, 0))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert stream.make_plan([50, 60], 1, 0).order.tolist() == orders[0]
+
+
+@pytest.mark.parametrize("which", ["small_dataset", "compressed"])
+@pytest.mark.parametrize("own", [slice(0, 16), slice(0, 8), slice(8, 16)])
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 31])
+def test_a_stream_goes_on_from_any_step(request, small_windows, which, own, start):
+    """From any step of one epoch into the next: the rows of `load_split` in the plan's order."""
+    directory = request.getfixturevalue(which)
+    manifest = load_manifest(directory)
+    kept = load_split(directory, manifest, "train")
+    source = stream.Streamed(directory, shards_of(manifest, "train"), 22)
+    reader = stream._Reader(source, 16, own)
+    for epoch, steps in ((4, range(start, 32, 3)), (5, range(0, 32, 3))):
+        indices, mask = cut(source.order(epoch), 16)
+        for step in steps:
+            images, labels = reader.read(indices[step : step + 3], epoch, 4)
+            rows, use = (values[step : step + 3, own].ravel() for values in (indices, mask))
+            wanted = rows[use == 1]
+            np.testing.assert_array_equal(images[: len(wanted)], kept.images[wanted])
+            np.testing.assert_array_equal(labels[: len(wanted)], kept.labels[wanted])
+            assert not images[len(wanted) :].any()
+            assert len(labels) == 4 * (own.stop - own.start)
+
+
+def test_a_stream_refuses_files_that_are_not_whole(small_dataset_copy):
+    manifest = load_manifest(small_dataset_copy)
+    flip_a_bit(small_dataset_copy / manifest.splits["train"].shards[1].file)
+    with pytest.raises(InputError, match="checksum differs"):
+        open_source(small_dataset_copy, manifest, "train", 22, "stream")
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_a_stream_refuses_another_number_of_records(small_dataset, off_by):
+    shards = shards_of(load_manifest(small_dataset), "train")
+    wrong = dataclasses.replace(shards[0], num_examples=shards[0].num_examples + off_by)
+    source = stream.Streamed(small_dataset, [wrong, *shards[1:]], None)
+    with pytest.raises(InputError, match="not what its manifest says"):
+        list(source.windows(0, 0, 16, slice(0, 16)))
+
+
+def test_several_splits_are_joined(small_dataset):
+    manifest = load_manifest(small_dataset)
+    parts = [load_split(small_dataset, manifest, name) for name in ("train", "validation")]
+    joined = load_split(small_dataset, manifest, "train+validation")
+    np.testing.assert_array_equal(joined.images, np.concatenate([part.images for part in parts]))
+    np.testing.assert_array_equal(joined.labels, np.concatenate([part.labels for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "replicas", "memory", "expected"),
+    [
+        ("auto", 1, 8 * 2 * 600 * 3144, "resident"),  # an eighth holds 600 examples twice
+        ("auto", 1, 8 * 2 * 600 * 3144 - 8, "stream"),
+        ("auto", 3, 8 * 4 * 600 * 3144, "resident"),  # as read, and on three replicas
+        ("auto", 3, 8 * 4 * 600 * 3144 - 8, "stream"),
+        ("resident", 1, 1, "resident"),
+        ("stream", 4, 1 << 40, "stream"),
+    ],
+)
+def test_input_by_the_size_of_the_set(
+    small_dataset, monkeypatch, wanted, replicas, memory, expected
+):
+    monkeypatch.setattr(sources, "memory", lambda: memory)
+    assert resolve_input(wanted, load_manifest(small_dataset), replicas) == expected

@@ -1,262 +1,14 @@
 import dataclasses
-import gzip
 import hashlib
 import json
-import struct
-import tracemalloc
+import shutil
 
 import helpers
-import numpy as np
 import pytest
 
 from pipeline import dataset
+from pipeline import records as codec
 from pipeline.command import InputError
-
-ID = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def tf():
-    return pytest.importorskip("tensorflow")
-
-
-@pytest.fixture
-def pixels():
-    return np.random.default_rng(1).integers(0, 256, 784, np.uint8).tobytes()
-
-
-def example(tf, pixels, label, record_id):
-    def feature(**kwargs):
-        return tf.train.Feature(**kwargs)
-
-    image = np.frombuffer(pixels, np.uint8).astype(np.float32) / np.float32(255)
-    return tf.train.Example(
-        features=tf.train.Features(
-            feature={
-                "image": feature(float_list=tf.train.FloatList(value=image)),
-                "label": feature(int64_list=tf.train.Int64List(value=[label])),
-                "id": feature(bytes_list=tf.train.BytesList(value=[record_id.encode()])),
-            }
-        )
-    )
-
-
-# Records
-
-
-def test_golden_record():
-    record = dataset.encode_record(b"\x00\x33\xff" + bytes(781), 5, "ab")
-    assert record == bytes.fromhex(
-        "0a f1 18"  # Example.features, 3185 bytes
-        "0a 0c 0a 02 6964 12 06 0a 04 0a 02 6162"  # "id": bytes_list ["ab"]
-        "0a d0 18 0a 05 696d616765 12 c6 18 12 c3 18 0a c0 18"  # "image": float_list, 3136 bytes
-        "00000000 cdcc4c3e 0000803f"  # 0, 0.2, 1
-    ) + bytes(4 * 781) + bytes.fromhex(
-        "0a 0e 0a 05 6c6162656c 12 05 1a 03 0a 01 05"  # "label": int64_list [5]
-    )
-
-
-@pytest.mark.parametrize("label", [0, 1, 9, 127, 128, 255])
-@pytest.mark.parametrize("record_id", [ID, f"{ID}-1", f"{ID}-123456"])
-def test_record_is_tensorflows(tf, pixels, label, record_id):
-    ours = dataset.encode_record(pixels, label, record_id)
-    theirs = example(tf, pixels, label, record_id)
-    assert ours == theirs.SerializeToString(deterministic=True)
-    assert tf.train.Example.FromString(ours) == theirs
-    read = dataset.decode_record(theirs.SerializeToString())
-    assert (read.label, read.id) == (label, record_id)
-    assert read.image.tobytes() == dataset.decode_record(ours).image.tobytes()
-
-
-@pytest.mark.parametrize("label", [0, 127, 128, 255])
-def test_record_round_trip(pixels, label):
-    record = dataset.decode_record(dataset.encode_record(pixels, label, f"{ID}-7"))
-    assert (record.label, record.id, record.image.dtype) == (label, f"{ID}-7", np.float32)
-    assert np.rint(record.image * 255).astype(np.uint8).tobytes() == pixels
-
-
-def test_records_that_are_none(pixels):
-    record = dataset.encode_record(pixels, 3, ID)
-    broken = {
-        "empty": b"",
-        "text": b"no record at all",
-        "no features": b"\x0a\x00",
-        "no end": record + b"\x0a",
-        "other type": b"\x08\x01",
-        "endless number": b"\xff" * 12,
-        "a fourth feature": record + dataset._message(1, dataset._feature("labels", 3, b"\x01")),
-        "unfinished label": record[:-1] + b"\x83",
-        "id not ascii": record.replace(ID.encode(), b"\xff" * 32),
-        "small image": dataset._message(
-            1,
-            dataset._feature("id", 1, b"a")
-            + dataset._feature("image", 2, bytes(4 * 783))
-            + dataset._feature("label", 3, b"\x01"),
-        ),
-        "odd image": dataset._message(
-            1,
-            dataset._feature("id", 1, b"a")
-            + dataset._feature("image", 2, bytes(4 * 784 - 1))
-            + dataset._feature("label", 3, b"\x01"),
-        ),
-        "three numbers as label": dataset._message(
-            1,
-            dataset._feature("id", 1, b"a")
-            + dataset._feature("image", 2, bytes(4 * 784))
-            + dataset._feature("label", 3, b"\x01\x02\x03"),
-        ),
-        "no label": dataset._message(
-            1, dataset._feature("id", 1, b"a") + dataset._feature("image", 2, bytes(4 * 784))
-        ),
-    } | {f"first {n}": record[:n] for n in range(1, len(record))}
-    for name, data in broken.items():
-        with pytest.raises(ValueError, match="not a record of this format"):
-            pytest.fail(f"{name}: {dataset.decode_record(data)}")
-
-
-def test_scale_table():
-    expected = [np.float32(value) / np.float32(255) for value in range(256)]
-    assert dataset.SCALE_TABLE.dtype == np.float32
-    assert dataset.SCALE_TABLE.tolist() == [float(value) for value in expected]
-    assert (dataset.SCALE_TABLE[0], dataset.SCALE_TABLE[255]) == (0, 1)
-    assert struct.pack("<f", dataset.SCALE_TABLE[51]) == bytes.fromhex("cdcc4c3e")  # 0.2
-
-
-def test_unscale_gives_back_every_pixel():
-    assert dataset.unscale(dataset.SCALE_TABLE).tolist() == list(range(256))
-
-
-LENGTHS = ["", "-1", "-12345"]
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 127, 9, 5, 3], [0, 128, 255, 9, 127, 200]])
-@pytest.mark.parametrize("suffixes", [[""] * 6, ["-7"] * 6, LENGTHS * 2], ids=str)
-@pytest.mark.parametrize("count", [6, 1, 0])
-def test_many_frames_are_those_of_each(labels, suffixes, count):
-    pixels = np.random.default_rng(2).integers(0, 256, (6, 784), np.uint8)[:count]
-    labels = np.array(labels[:count], np.uint8)
-    ids = [f"{ID}{suffix}" for suffix in suffixes[:count]]
-    expected = b"".join(
-        dataset.frame(dataset.encode_record(row.tobytes(), int(label), name))
-        for row, label, name in zip(pixels, labels, ids, strict=True)
-    )
-    assert dataset.encode_frames(pixels, labels, ids) == expected
-    read = [dataset.decode_record(r) for r in dataset.read_frames(expected, "x")]
-    assert [(r.label, r.id) for r in read] == list(zip(labels.tolist(), ids, strict=True))
-
-
-def test_many_frames_of_blank_images():
-    # An empty record is what the table is filled with: its zeros must be overwritten in place.
-    pixels = np.array([[0] * 784, [255] * 784], np.uint8)
-    expected = b"".join(
-        dataset.frame(dataset.encode_record(row.tobytes(), 0, "0" * 32)) for row in pixels
-    )
-    assert dataset.encode_frames(pixels, np.zeros(2, np.int64), ["0" * 32] * 2) == expected
-
-
-# Identity
-
-
-def test_digests_are_the_ids():
-    pixels = np.random.default_rng(3).integers(0, 256, (20, 784), np.uint8)
-    digests = dataset.image_digests(pixels)
-    assert (digests.shape, digests.dtype) == ((20, 16), np.uint8)
-    assert [digest.tobytes().hex() for digest in digests] == dataset.image_ids(pixels)
-    assert dataset.image_digests(pixels[:0]).shape == (0, 16)
-    assert dataset.image_ids(pixels[:0]) == []
-
-
-@pytest.mark.parametrize(("first", "count"), [(0, 32), (32, 32), (64, 64), (0, 64), (120, 8)])
-def test_digest_bits_are_id_bits(first, count):
-    pixels = np.random.default_rng(4).integers(0, 256, (50, 784), np.uint8)
-    found = dataset.digest_bits(dataset.image_digests(pixels), first, count)
-    assert found.dtype == np.uint64
-    assert found.tolist() == [
-        dataset.id_bits(name, first, count) for name in dataset.image_ids(pixels)
-    ]
-
-
-def test_ids_are_of_the_pixels_alone():
-    rows = np.zeros((3, 784), np.uint8)
-    rows[1, 783] = 1
-    ids = dataset.image_ids(rows)
-    assert ids[0] == hashlib.sha256(bytes(784)).hexdigest()[:32] == ids[2]
-    assert ids[1] == hashlib.sha256(bytes(783) + b"\x01").hexdigest()[:32]
-    assert dataset.image_ids(rows[::-1]) == ids[::-1]  # also where rows are not contiguous
-    assert dataset.image_ids(np.asfortranarray(rows)) == ids
-
-
-@pytest.mark.parametrize(
-    ("first", "count", "expected"),
-    [
-        (0, 32, 0x01234567),
-        (32, 32, 0x89ABCDEF),
-        (64, 64, 0x0011223344556677),
-        (0, 1, 0),
-        (7, 1, 1),
-        (4, 8, 0x12),
-        (127, 1, 1),
-        (0, 128, 0x0123456789ABCDEF0011223344556677),
-    ],
-)
-@pytest.mark.parametrize("copy", ["", "-1", "-12"])
-def test_id_bits(first, count, expected, copy):
-    assert dataset.id_bits(f"0123456789abcdef0011223344556677{copy}", first, count) == expected
-
-
-# Frames
-
-
-def test_frames_are_read_by_tensorflow(tf, tmp_path, pixels):
-    records = [dataset.encode_record(pixels, label, ID) for label in range(3)] + [b"", b"x" * 70]
-    path = tmp_path / "ours.tfrecord"
-    path.write_bytes(b"".join(map(dataset.frame, records)))
-    assert list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator()) == records
-
-
-def test_frames_of_tensorflow_are_read(tf, tmp_path, pixels):
-    records = [dataset.encode_record(pixels, label, ID) for label in range(3)] + [b"", b"x" * 70]
-    path = tmp_path / "theirs.tfrecord"
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for record in records:
-            writer.write(record)
-    content = path.read_bytes()
-    assert list(dataset.read_frames(content, "theirs")) == records
-    assert content == b"".join(map(dataset.frame, records))
-
-
-def test_no_frames():
-    assert list(dataset.read_frames(b"", "empty")) == []
-
-
-def test_every_changed_byte_of_a_file_is_noticed():
-    content = b"".join(map(dataset.frame, [b"first record", b"", b"second"]))
-    for at in range(len(content)):
-        for bit in range(8):
-            changed = bytearray(content)
-            changed[at] ^= 1 << bit
-            with pytest.raises(InputError, match=r"^some\.tfrecord: damaged at byte (0|28|44);"):
-                pytest.fail(str(list(dataset.read_frames(bytes(changed), "some.tfrecord"))))
-
-
-def test_every_cut_inside_a_frame_is_noticed():
-    frames = [dataset.frame(record) for record in (b"first record", b"", b"second")]
-    content = b"".join(frames)
-    whole = {0: 0, 28: 1, 44: 2, len(content): 3}
-    for size in range(len(content) + 1):
-        if size in whole:
-            assert len(list(dataset.read_frames(content[:size], "x"))) == whole[size]
-        else:
-            with pytest.raises(InputError, match="expected a whole TFRecord frame"):
-                list(dataset.read_frames(content[:size], "x"))
-
-
-def test_frame_that_claims_more_than_there_is():
-    length = struct.pack("<Q", 2**63)
-    header = length + struct.pack("<I", dataset._masked_crc(length))
-    with pytest.raises(InputError, match="damaged at byte 0"):
-        list(dataset.read_frames(header + b"short", "x"))
-
 
 # The manifest
 
@@ -286,7 +38,8 @@ def manifest():
         quarantined={"count": 0, "by_reason": {}},
         dropped=0,
         flagged={"blank": 0},
-        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
+        duplicates=dict.fromkeys(dataset.DUPLICATES, 0)
+        | {"examples": {kind: [] for kind in dataset.KINDS_OF_IMAGES}},
     )
 
 
@@ -324,7 +77,7 @@ def test_two_files_of_one_name_are_told():
         dataset.Shard(**shard) for split in raw["splits"].values() for shard in split["shards"]
     ]
     raw["dataset_id"] = dataset.dataset_id(shards, raw["class_names"])
-    with pytest.raises(InputError, match="a file is listed twice"):
+    with pytest.raises(InputError, match=r"file 'train-00000-of-00002.tfrecord', expected test-"):
         dataset.parse_manifest(json.dumps(raw), "m")
 
 
@@ -441,6 +194,12 @@ BROKEN = {
     "flagged a list": changed(flagged=[]),
     "less than none blank": changed(flagged={"blank": -1}),
     "no leaks": changed(duplicates={"images": 0, "copies": 0, "conflicting": 0}),
+    "source null": changed(source=None),
+    "source a list": changed(source=["title"]),
+    "bytes as text": in_shard(bytes="9"),
+    "less than no bytes": in_shard(bytes=-1),
+    "checksum a number": in_shard(sha256=0),
+    "quarantine a list": changed(quarantined=["count", "by_reason"]),
 }
 
 
@@ -452,6 +211,202 @@ def test_broken_manifest(change):
     with pytest.raises(InputError, match=r"^m\.json: .+$") as caught:
         dataset.parse_manifest(json.dumps(raw), "m.json")
     assert "\n" not in str(caught.value)
+
+
+def classes(*names):
+    """Changes the names, and the id that follows from them."""
+
+    def change(raw):
+        shards = [dataset.Shard(**s) for part in raw["splits"].values() for s in part["shards"]]
+        raw.update(class_names=names, dataset_id=dataset.dataset_id(shards, names))
+
+    return change
+
+
+def files(split, *names):
+    """Renames the files of a split, the last of which may be more than there are."""
+
+    def change(raw):
+        shards = raw["splits"][split]["shards"]
+        del shards[len(names) :]
+        for shard, name in zip(shards, names, strict=False):
+            shard["file"] = name
+        for name in names[len(shards) :]:
+            shards.append({"file": name, "num_examples": 0, "bytes": 0, "sha256": "f" * 64})
+
+    return change
+
+
+def one_file_each(raw):
+    """Every split has one file, named as one of two."""
+    for part in raw["splits"].values():
+        part["shards"][0]["num_examples"] = part["num_examples"]
+        del part["shards"][1]
+
+
+def no_files(raw):
+    for part in raw["splits"].values():
+        part.update(num_examples=0, label_counts=[0, 0], shards=[])
+
+
+def duplicates(examples=None, **counts):
+    def change(raw):
+        raw["duplicates"].update(counts)
+        raw["duplicates"]["examples"].update(examples or {})
+
+    return change
+
+
+A_FILE, ANOTHER = "train-00000-of-00002.tfrecord", "train-00001-of-00002.tfrecord"
+NAMES = [f"{digit}" * 32 for digit in "012345"]
+WRONG = {
+    "title of two lines": (
+        changed(source={"kind": "idx", "title": "a\nb"}),
+        "source has no title of one line",
+    ),
+    "title a list": (changed(source={"title": ["a"]}), "source has no title of one line"),
+    "title empty": (changed(source={"title": ""}), "source has no title of one line"),
+    "class of two lines": (classes("a", "b\nc"), "class name 'b\\nc' is not a string of one line"),
+    "class with a bell": (classes("a\x07", "b"), "class name 'a\\x07' is not a string of one line"),
+    "class that ends a line": (
+        classes("a", "b\u2028"),
+        "class name 'b\\u2028' is not a string of one line",
+    ),
+    "class half a character": (
+        classes("a", "\ud800"),
+        "class name '\\ud800' is not a string of one line",
+    ),
+    "class empty": (classes("", "b"), "class name '' is not a string of one line"),
+    "class a number": (classes("a", 1), "class name 1 is not a string of one line"),
+    "class twice": (classes("a", "a"), "a class name occurs twice"),
+    "quarantine with more": (
+        changed(quarantined={"count": 0, "by_reason": {}, "why": ""}),
+        "quarantined is not count and by_reason",
+    ),
+    "reason of two lines": (
+        changed(quarantined={"count": 1, "by_reason": {"a\nb": 1}}),
+        "a reason in quarantined is not a string of one line",
+    ),
+    "reason of none": (
+        changed(quarantined={"count": 1, "by_reason": {"a": 1, "b": 0}}),
+        "quarantined counts more or fewer than its reasons",
+    ),
+    "reasons less than none": (
+        changed(quarantined={"count": 1, "by_reason": {"a": 2, "b": -1}}),
+        "quarantined counts -1, expected a whole number",
+    ),
+    "count true": (
+        changed(quarantined={"count": True, "by_reason": {"a": 1}}),
+        "quarantined counts True, expected a whole number",
+    ),
+    "dropped less than none": (changed(dropped=-1), "dropped counts -1, expected a whole number"),
+    "flagged nothing": (changed(flagged={}), "flagged is not blank alone"),
+    "flagged more": (changed(flagged={"blank": 0, "odd": 0}), "flagged is not blank alone"),
+    "blank a half": (
+        changed(flagged={"blank": 0.5}),
+        "flagged counts 0.5, expected a whole number",
+    ),
+    "duplicates with more": (
+        duplicates(twins=0),
+        "duplicates is not images, copies, conflicting, leaked, held_out and examples",
+    ),
+    "duplicates as text": (
+        duplicates(copies="0"),
+        "duplicates counts '0', expected a whole number",
+    ),
+    "examples of more": (
+        duplicates({"copies": []}),
+        "examples of duplicates are of other kinds",
+    ),
+    "examples a dictionary": (duplicates({"leaked": {}}), "examples of leaked are not ids"),
+    "examples that are no ids": (
+        duplicates({"leaked": ["0" * 31]}, leaked=1),
+        "examples of leaked are not ids",
+    ),
+    "examples of a copy": (
+        duplicates({"leaked": ["0" * 32 + "-1"]}, leaked=1),
+        "examples of leaked are not ids",
+    ),
+    "fewer examples": (
+        duplicates({"images": NAMES[:1]}, images=2),
+        "examples of images are not the lowest of 2",
+    ),
+    "more examples": (
+        duplicates({"images": NAMES[:2]}, images=1),
+        "examples of images are not the lowest of 1",
+    ),
+    "six examples": (
+        duplicates({"images": NAMES}, images=6),
+        "examples of images are not the lowest of 6",
+    ),
+    "examples in disorder": (
+        duplicates({"images": NAMES[1::-1]}, images=2),
+        "examples of images are not the lowest of 2",
+    ),
+    "an example twice": (
+        duplicates({"images": NAMES[:1] * 2}, images=2),
+        "examples of images are not the lowest of 2",
+    ),
+    "files exchanged": (
+        files("train", ANOTHER, A_FILE),
+        f"file '{ANOTHER}', expected {A_FILE}",
+    ),
+    "another split's file": (
+        files("test", A_FILE, "test-00001-of-00002.tfrecord"),
+        f"file '{A_FILE}', expected test-00000-of-00002.tfrecord",
+    ),
+    "one compressed": (
+        files("train", A_FILE, f"{ANOTHER}.gz"),
+        f"file '{ANOTHER}.gz', expected {ANOTHER}",
+    ),
+    "one more file": (
+        files("test", *(f"test-0000{i}-of-00002.tfrecord" for i in range(3))),
+        "test has 3 files, train has 2",
+    ),
+    "other numbers": (one_file_each, f"file '{A_FILE}', expected train-00000-of-00001.tfrecord"),
+    "no files": (no_files, "train has no files"),
+    "short checksum": (in_shard(sha256="f" * 63), f"'{'f' * 63}' is not a checksum"),
+    "checksum in capitals": (in_shard(sha256="F" * 64), f"'{'F' * 64}' is not a checksum"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_manifest_cannot_state(change, message):
+    raw = json.loads(dataset.manifest_json(manifest()))
+    change(raw)
+    with pytest.raises(InputError) as caught:
+        dataset.parse_manifest(json.dumps(raw), "m.json")
+    assert str(caught.value) == f"m.json: not a valid manifest: {message}"
+
+
+def test_what_a_manifest_may_state():
+    raw = json.loads(dataset.manifest_json(manifest()))
+    classes("a b", "\u00e9\u00a0\u200d")(raw)
+    duplicates({"images": NAMES[:5], "leaked": NAMES[2:4]}, images=7, copies=9, leaked=2)(raw)
+    raw["quarantined"] = {"count": 3, "by_reason": {"damaged": 1, "wrong size": 2}}
+    found = dataset.parse_manifest(json.dumps(raw), "m.json")
+    assert json.loads(dataset.manifest_json(found)) == raw | {
+        "class_names": ["a b", "\u00e9\u00a0\u200d"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", True),
+        (" ", True),
+        ("\u00e9\u3000\U0001f469", True),
+        ("", False),
+        *((f"a{each}b", False) for each in "\n\r\t\0\x1c\x7f\x85\u2028\u2029\ud800"),
+        (None, False),
+        (7, False),
+        (b"a", False),
+        (["a"], False),
+    ],
+    ids=repr,
+)
+def test_is_line(text, expected):
+    assert dataset.is_line(text) is expected
 
 
 @pytest.mark.parametrize(
@@ -479,7 +434,7 @@ def test_small_dataset_is_what_was_put_in(small_dataset):
         split: [
             record
             for shard in found.splits[split].shards
-            for record in dataset.read_records(small_dataset, shard)
+            for record in codec.read_records(small_dataset, shard)
         ]
         for split in dataset.SPLITS
     }
@@ -491,9 +446,9 @@ def test_small_dataset_is_what_was_put_in(small_dataset):
     }
     for split, (images, labels) in expected.items():
         assert sorted((r.id, r.label, r.image.tobytes()) for r in read[split]) == sorted(
-            (name, label, dataset.SCALE_TABLE[image.reshape(784)].tobytes())
+            (name, label, codec.SCALE_TABLE[image.reshape(784)].tobytes())
             for name, label, image in zip(
-                dataset.image_ids(images.reshape(-1, 784)), labels.tolist(), images, strict=True
+                codec.image_ids(images.reshape(-1, 784)), labels.tolist(), images, strict=True
             )
         )
 
@@ -514,96 +469,22 @@ def test_manifest_that_is_not_text(tmp_path):
         dataset.load_manifest(tmp_path)
 
 
-def shard_of(directory, content, num_examples):
-    (directory / "a.tfrecord").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    return dataset.Shard(
-        file="a.tfrecord", num_examples=num_examples, bytes=len(content), sha256=digest
-    )
-
-
-def test_shard_is_checked(tmp_path, pixels):
-    content = dataset.frame(dataset.encode_record(pixels, 1, ID))
-    shard = shard_of(tmp_path, content, 1)
-    assert [record.id for record in dataset.read_records(tmp_path, shard)] == [ID]
-
-    path = tmp_path / shard.file
-    path.write_bytes(content[:-1])
-    with pytest.raises(InputError, match=f"a.tfrecord: has {len(content) - 1} bytes"):
-        dataset.read_records(tmp_path, shard)
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match=r"a\.tfrecord: its checksum differs"):
-        dataset.read_records(tmp_path, shard)
-    path.unlink()
-    with pytest.raises(InputError, match=r"a\.tfrecord: cannot be read: No such file"):
-        dataset.read_records(tmp_path, shard)
-
-
-@pytest.mark.parametrize(
-    ("content", "num_examples", "message"),
-    [
-        (b"no frames here", 1, "damaged at byte 0"),
-        (dataset.frame(b"no record"), 1, "not a record of this format"),
-        (b"", 1, "0 records, the manifest says 1"),
-        (dataset.frame(dataset.encode_record(bytes(784), 1, ID)) * 2, 1, "2 records"),
-    ],
-    ids=["no frames", "no record", "too few", "too many"],
-)
-def test_shard_with_a_right_checksum_and_wrong_content(tmp_path, content, num_examples, message):
-    with pytest.raises(InputError, match=rf"a\.tfrecord: .*{message}"):
-        dataset.read_records(tmp_path, shard_of(tmp_path, content, num_examples))
-
-
-def gzip_shard(directory, content, num_examples, change=lambda data: data):
-    """A shard of compressed content; its file is changed, its checksum is right."""
-    packed = change(gzip.compress(content, mtime=0))
-    (directory / "a.tfrecord.gz").write_bytes(packed)
-    return dataset.Shard(
-        file="a.tfrecord.gz",
-        num_examples=num_examples,
-        bytes=len(packed),
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-
-
-def test_compressed_shard(tmp_path, pixels):
-    content = dataset.frame(dataset.encode_record(pixels, 1, ID)) * 3
-    shard = gzip_shard(tmp_path, content, 3)
-    assert dataset.read_shard(tmp_path, shard) == content
-    assert [record.id for record in dataset.read_records(tmp_path, shard)] == [ID] * 3
-    assert dataset.read_records(tmp_path, gzip_shard(tmp_path, b"", 0)) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: data[:-1], "cut short, or larger"),
-        (lambda data: data[: len(data) // 2], "cut short, or larger"),
-        (lambda data: b"", "cut short, or larger"),
-        (lambda data: data + b"more", "cut short, or larger"),
-        (lambda data: data + data, "cut short, or larger"),
-        (lambda data: gzip.compress(bytes(4097 * 2)), "cut short, or larger"),
-        (lambda data: b"no gzip file", "not a gzip file"),
-        (lambda data: data[:-8] + bytes(8), "not a gzip file"),
-        (lambda data: gzip.compress(bytes(300)), "its checksum differs"),
-    ],
-    ids=["no end", "half", "empty", "more", "twice", "too large", "text", "checksum", "other"],
-)
-def test_compressed_shard_that_is_broken(tmp_path, pixels, change, message):
-    content = dataset.frame(dataset.encode_record(pixels, 1, ID)) * 2
-    shard = gzip_shard(tmp_path, content, 2, change)
-    with pytest.raises(InputError, match=rf"a\.tfrecord\.gz: {message}"):
-        dataset.read_shard(tmp_path, shard)
-
-
-def test_compressed_shard_that_swells_is_not_held_in_memory(tmp_path):
-    size = 64 << 20
-    shard = gzip_shard(tmp_path, b"", 1, lambda _: gzip.compress(bytes(size), compresslevel=1))
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match="larger than its records can be"):
-            dataset.read_shard(tmp_path, shard)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < size // 16
+def test_files_are_checked_by_their_sizes(small_dataset, tmp_path):
+    folder = shutil.copytree(small_dataset, tmp_path / "set")
+    found = dataset.load_manifest(folder)
+    shard = found.splits["test"].shards[1]
+    path = folder / shard.file
+    path.write_bytes(bytes(shard.bytes))  # other content: its size is right
+    for split in dataset.SPLITS:
+        dataset.check_files(folder, found, split)
+    path.write_bytes(bytes(shard.bytes + 1))
+    dataset.check_files(folder, found, "train")
+    for spoil, message in (
+        (lambda: None, f"has {shard.bytes + 1} bytes, the manifest says {shard.bytes}"),
+        (path.unlink, "missing; the manifest names it"),
+        (path.mkdir, "missing; the manifest names it"),
+    ):
+        spoil()
+        with pytest.raises(InputError) as caught:
+            dataset.check_files(folder, found, "test")
+        assert str(caught.value) == f"{path}: {message}"

@@ -9,7 +9,8 @@ from helpers import run_cli, tree
 
 from pipeline import evaluate, inference
 from pipeline.command import InputError
-from pipeline.dataset import SCALE_TABLE, load_manifest, read_records
+from pipeline.dataset import load_manifest
+from pipeline.records import SCALE_TABLE, read_records
 
 
 @pytest.fixture(scope="module")

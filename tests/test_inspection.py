@@ -8,9 +8,11 @@ import helpers
 import numpy as np
 import pytest
 
-from pipeline import dataset, inspection, preprocess
-from pipeline.dataset import SPLITS, Shard, Split, image_ids, load_manifest, manifest_json
-from pipeline.preprocess import PreprocessConfig
+from pipeline import comparison, dataset, inspection, preprocess
+from pipeline import records as codec
+from pipeline.dataset import Split, load_manifest, manifest_json
+from pipeline.options import PreprocessConfig
+from pipeline.records import image_ids
 
 
 @pytest.fixture
@@ -30,20 +32,20 @@ def run(monkeypatch, *argv):
 def records_of(directory, split):
     """One list of records for each file of a split."""
     manifest = load_manifest(directory)
-    return [dataset.read_records(directory, shard) for shard in manifest.splits[split].shards]
+    return [codec.read_records(directory, shard) for shard in manifest.splits[split].shards]
 
 
 def encode(record):
     """A record as it stands in a file, its pixels as they are."""
     features = (
-        dataset._feature("id", 1, record.id.encode())
-        + dataset._feature("image", 2, np.asarray(record.image, "<f4").tobytes())
-        + dataset._feature("label", 3, dataset._varint(record.label))
+        codec._feature("id", 1, record.id.encode())
+        + codec._feature("image", 2, np.asarray(record.image, "<f4").tobytes())
+        + codec._feature("label", 3, codec._varint(record.label))
     )
-    return dataset.frame(dataset._message(1, features))
+    return codec.frame(codec.message(1, features))
 
 
-def rewrite(directory, split, index, records):
+def rewrite(directory, split, index, records, encode=encode):
     """Writes other records into a file, and a manifest in which every checksum is right."""
     manifest = load_manifest(directory)
     content = b"".join(map(encode, records))
@@ -107,7 +109,17 @@ def test_dataset_with_everything_odd_is_whole(tmp_path):
     assert (manifest.dropped, manifest.quarantined["count"]) == (1, 2)
     assert manifest.flagged == {"blank": 3}
     assert inspection.verify(tmp_path / "set") == []
-    assert "quarantined 2, dropped 1, blank 3" in inspection.describe(tmp_path / "set")
+    assert "quarantined 2, dropped 1, blank 3" in comparison.describe(tmp_path / "set")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.9])
+def test_dataset_split_by_hash_is_whole(small_idx, tmp_path, fraction):
+    config = PreprocessConfig(
+        sources=(f"idx:{small_idx}",), output_dir=tmp_path / "set", split_by="hash",
+        validation_fraction=fraction,
+    )  # fmt: skip
+    assert preprocess.execute(config) == 0
+    assert inspection.verify(tmp_path / "set") == []
 
 
 def change_byte(folder):
@@ -176,6 +188,10 @@ FILES = {
         move_counts_of_files,
         ["test-00000-of-00003.tfrecord:", "test-00002-of-00003.tfrecord:"],
     ),
+    "split another way": (
+        edit_manifest(split_by="hash"),
+        ["manifest.json: split_by hash, but an id in train is not above all in validation"],
+    ),
     "more blank images": (
         edit_manifest(flagged={"blank": 1}),
         ["manifest.json: 1 blank images, found 0"],
@@ -188,9 +204,20 @@ FILES = {
         lambda folder: shutil.rmtree(folder / "quarantine"),
         ["quarantine/records.jsonl: cannot be read"],
     ),
+    "a folder in quarantine's place of records": (
+        lambda folder: [
+            (folder / "quarantine/records.jsonl").unlink(),
+            (folder / "quarantine/records.jsonl").mkdir(),
+        ],
+        ["quarantine/records.jsonl: cannot be read: [Errno 21]"],
+    ),
+    "quarantine with more files": (
+        lambda folder: [(folder / "quarantine" / name).touch() for name in ("b.png", ".a")],
+        ["quarantine/.a: not named in the manifest", "quarantine/b.png: not named"],
+    ),
     "quarantine of something else": (
         lambda folder: (folder / "quarantine/records.jsonl").write_text("[]\n"),
-        ["quarantine/records.jsonl: cannot be read"],
+        ["quarantine/records.jsonl: line 1: expected id, reason, origin, part"],
     ),
 }
 
@@ -228,6 +255,72 @@ def test_without_a_valid_manifest_there_is_one_line(folder, monkeypatch, capfd, 
     assert err.startswith(f"python -m pipeline.dataset: error: {folder}")
 
 
+GOOD_ROW = {"id": "0" * 32, "reason": "damaged", "origin": "train/a/..b.png", "part": "train"}
+
+
+def without(key):
+    return {name: value for name, value in GOOD_ROW.items() if name != key}
+
+
+ROWS = {
+    "not json": ("{", "expected id, reason, origin, part"),
+    "deep": ("[" * 100_000, "expected id, reason, origin, part"),
+    "blank line": ("", "expected id, reason, origin, part"),
+    "a list": (json.dumps(list(GOOD_ROW)), "expected id, reason, origin, part"),
+    "no origin": (without("origin"), "expected id, reason, origin, part"),
+    "more": (GOOD_ROW | {"label": "7"}, "expected id, reason, origin, part"),
+    "id null": (GOOD_ROW | {"id": None}, "a value is not a string"),
+    "reason a list": (GOOD_ROW | {"reason": ["damaged"]}, "a value is not a string"),
+    "part a number": (GOOD_ROW | {"part": 0}, "a value is not a string"),
+    "no id": (GOOD_ROW | {"id": ""}, "id '', expected 32 hexadecimal digits"),
+    "id of a copy": (
+        GOOD_ROW | {"id": "0" * 32 + "-1"},
+        f"id '{'0' * 32}-1', expected 32 hexadecimal digits",
+    ),
+    "reason of two lines": (GOOD_ROW | {"reason": "a\nb"}, "reason 'a\\nb', expected one line"),
+    "origin above": (
+        GOOD_ROW | {"origin": "train/../../x"},
+        "origin 'train/../../x', expected a relative name",
+    ),
+    "origin absolute": (
+        GOOD_ROW | {"origin": "/data/x.png"},
+        "origin '/data/x.png', expected a relative name",
+    ),
+    "no name": (GOOD_ROW | {"origin": ""}, "origin '', expected a relative name"),
+    "another part": (
+        GOOD_ROW | {"part": "validation"},
+        "part 'validation', expected train or test",
+    ),
+}
+
+
+def write_quarantine(folder, lines, by_reason):
+    text = "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+    (folder / "quarantine/records.jsonl").write_text(text)
+    edit_manifest(quarantined={"count": sum(by_reason.values()), "by_reason": by_reason})(folder)
+
+
+@pytest.mark.parametrize(("row", "message"), ROWS.values(), ids=ROWS.keys())
+def test_verify_finds_a_line_of_quarantine(folder, row, message):
+    write_quarantine(folder, [GOOD_ROW, GOOD_ROW], {"damaged": 2})
+    assert inspection.verify(folder) == []
+    write_quarantine(folder, [GOOD_ROW, row, "{"], {"damaged": 3})
+    path = folder / "quarantine/records.jsonl"
+    assert inspection.verify(folder) == [f"{path}: line 2: {message}"]
+
+
+@pytest.mark.parametrize(
+    "by_reason", [{"damaged": 1}, {"damaged": 3}, {"wrong size": 2}, {"damaged": 2, "large": 1}],
+    ids=str,
+)  # fmt: skip
+def test_verify_finds_other_reasons(folder, by_reason):
+    write_quarantine(folder, [GOOD_ROW, GOOD_ROW], by_reason)
+    path = folder / "quarantine/records.jsonl"
+    assert inspection.verify(folder) == [
+        f"{path}: its records are not those that the manifest counts"
+    ]
+
+
 def with_pixel(value):
     def change(records):
         image = records[2].image.copy()
@@ -260,7 +353,7 @@ def elsewhere(records):
     levels = np.arange(256, dtype=np.uint8)
     names = image_ids(np.repeat(levels[:, None], 784, axis=1))
     level = next(i for i, name in enumerate(names) if int(name[16:], 16) % 3 == 1)
-    image = np.full(784, dataset.SCALE_TABLE[level])
+    image = np.full(784, codec.SCALE_TABLE[level])
     records.append(records[0]._replace(image=image, id=names[level]))
     records.sort(key=lambda record: record.id)
 
@@ -301,6 +394,39 @@ def test_verify_finds_a_record(folder, monkeypatch, capsys, change, expected):
     assert out == "" and err.splitlines() == problems
 
 
+def label_as_bytes(record):
+    features = (
+        codec._feature("id", 1, record.id.encode())
+        + codec._feature("image", 2, record.image.astype("<f4").tobytes())
+        + codec._feature("label", 1, codec._varint(record.label))
+    )
+    return codec.frame(codec.message(1, features))
+
+
+def another_order(record):
+    features = (
+        codec._feature("label", 3, codec._varint(record.label))
+        + codec._feature("image", 2, record.image.astype("<f4").tobytes())
+        + codec._feature("id", 1, record.id.encode())
+    )
+    return codec.frame(codec.message(1, features))
+
+
+def negative_zeros(record):
+    return encode(
+        record._replace(image=np.where(record.image == 0, np.float32(-0.0), record.image))
+    )
+
+
+@pytest.mark.parametrize("form", [label_as_bytes, another_order, negative_zeros])
+def test_verify_finds_a_record_of_another_encoding(folder, form):
+    """It decodes to the very same, but other readers may refuse it, or read another number."""
+    rewrite(folder, "train", 0, records_of(folder, "train")[0], form)
+    assert inspection.verify(folder) == [
+        "train-00000-of-00003.tfrecord: a record is not encoded as this format has it"
+    ]
+
+
 def test_records_written_anew_are_whole(folder):
     """What the cases above do is sound where they change nothing."""
     records = records_of(folder, "train")[0]
@@ -320,168 +446,6 @@ def test_a_label_of_no_class_is_told_in_one_line(folder, small_dataset, monkeypa
         assert "train-00000-of-00003.tfrecord: a label is not below 10" in err
 
 
-# describe
-
-
-def test_describe(small_dataset, monkeypatch, capsys):
-    assert run(monkeypatch, "describe", small_dataset) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    rows = {line.split("  ")[0].strip(): line.split()[-3:] for line in out.splitlines()}
-    data = helpers.make_images()
-    images, labels = data["train"]
-    parts = {
-        "train": (images[100:], labels[100:]),
-        "validation": (images[:100], labels[:100]),
-        "test": data["test"],
-    }
-    assert rows["records"] == ["500", "100", "120"] and rows["files"] == ["3", "3", "3"]
-    scaled = [images / 255 for images, _ in parts.values()]
-    assert rows["pixel mean"] == [f"{each.mean():.4f}" for each in scaled]
-    assert rows["deviation"] == [f"{each.std():.4f}" for each in scaled]
-    sizes = [
-        sum(path.stat().st_size for path in small_dataset.glob(f"{split}-*")) for split in SPLITS
-    ]
-    assert rows["MB"] == [f"{size / 1e6:.1f}" for size in sizes]
-    for label in range(10):
-        assert rows[str(label)] == [str((labels == label).sum()) for _, labels in parts.values()]
-    manifest = load_manifest(small_dataset)
-    assert out.startswith(f"{small_dataset}: dataset {manifest.dataset_id}\n")
-    assert "source: images from IDX files; split by positional" in out
-    assert "quarantined 0, dropped 0, blank 0" in out
-    assert "with different labels 0, in test and elsewhere 0" in out
-
-
-def test_describe_an_empty_split(tmp_path):
-    hand_made(tmp_path, {"train": [(0, "a")], "test": [(1, "b")]}, ("a", "b"))
-    rows = inspection.describe(tmp_path).splitlines()
-    (mean,) = (line.split() for line in rows if line.startswith("pixel mean"))
-    assert mean[2:] == ["0.0000", "nan", "0.0039"]
-
-
-# diff
-
-
-def hand_made(directory, splits, class_names):
-    """A dataset of one file a split, of blank images: {split: [(grey level, class name)]}."""
-    directory.mkdir(exist_ok=True)
-    made = {}
-    for split in SPLITS:
-        rows = []
-        for level, name in splits.get(split, []):
-            pixels = np.full((1, 784), level, np.uint8)
-            rows.append((image_ids(pixels)[0], class_names.index(name), pixels.tobytes()))
-        content = b"".join(
-            dataset.frame(dataset.encode_record(pixels, label, name))
-            for name, label, pixels in sorted(rows)
-        )
-        shard = Shard(
-            file=dataset.shard_name(split, 0, 1),
-            num_examples=len(rows),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        (directory / shard.file).write_bytes(content)
-        counts = tuple(sum(label == i for _, label, _ in rows) for i in range(len(class_names)))
-        made[split] = Split(num_examples=len(rows), label_counts=counts, shards=(shard,))
-    shards = [shard for each in made.values() for shard in each.shards]
-    manifest = dataset.Manifest(
-        format_version=1,
-        dataset_id=dataset.dataset_id(shards, class_names),
-        source={"kind": "idx", "title": "by hand"},
-        split_by="hash",
-        num_classes=len(class_names),
-        class_names=class_names,
-        image_shape=(28, 28, 1),
-        splits=made,
-        quarantined={"count": 0, "by_reason": {}},
-        dropped=0,
-        flagged={"blank": sum(split.num_examples for split in made.values())},
-        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
-    )  # fmt: skip
-    (directory / "manifest.json").write_text(manifest_json(manifest))
-    (directory / "quarantine").mkdir(exist_ok=True)
-    (directory / "quarantine/records.jsonl").touch()
-    assert inspection.verify(directory) == []
-    return directory
-
-
-def test_diff(tmp_path, monkeypatch, capsys):
-    one = hand_made(
-        tmp_path / "one",
-        {
-            "train": [(0, "cat"), (51, "cat"), (102, "dog"), (153, "dog")],
-            "validation": [(204, "dog")],
-            "test": [(255, "cat"), (1, "dog")],
-        },
-        ("cat", "dog"),
-    )
-    other = hand_made(
-        tmp_path / "other",
-        {
-            # 0 stays; 51 is a dog now; 102 is gone; 153 moves; 7 and 8 are new
-            "train": [(0, "cat"), (51, "dog"), (7, "ant"), (8, "cat")],
-            "validation": [(153, "dog"), (204, "cat")],
-            "test": [(255, "cat"), (1, "dog")],
-        },
-        ("ant", "cat", "dog"),
-    )
-    assert run(monkeypatch, "diff", one, other) == 0
-    out, err = capsys.readouterr()
-    lines = [line.split() for line in out.splitlines()]
-    assert err == ""
-    assert lines[0] == ["A", f"{one}:", "dataset", load_manifest(one).dataset_id]
-    assert lines[1] == ["B", f"{other}:", "dataset", load_manifest(other).dataset_id]
-    assert lines[3:7] == [["added", "2"], ["removed", "1"], ["relabelled", "2"], ["moved", "1"]]
-    assert lines[7] == ["train", "->", "validation", "1"]
-    assert sorted(lines[8:10]) == [["cat", "->", "dog", "1"], ["dog", "->", "cat", "1"]]
-    drift = {line[0]: line[1:] for line in lines[11:15]}
-    assert drift["drift"] == ["classes", "pixels", "mean", "A", "mean", "B"]
-    # Classes cat 2/4 and dog 2/4 become ant 1/4, cat 2/4, dog 1/4: a quarter has moved. Of the
-    # four levels two are the same. Means (0+51+102+153)/4/255 and (0+51+7+8)/4/255.
-    assert drift["train"] == ["0.2500", "0.5000", "0.3000", "0.0647"]
-    # dog 1/1 becomes dog 1/2 and cat 1/2; 204 alone becomes 153 and 204.
-    assert drift["validation"] == ["0.5000", "0.5000", "0.8000", "0.7000"]
-    assert drift["test"] == ["0.0000", "0.0000", "0.5020", "0.5020"]
-
-
-def test_diff_the_other_way(tmp_path):
-    one = hand_made(tmp_path / "one", {"train": [(0, "a")], "test": [(5, "b")]}, ("a", "b"))
-    other = hand_made(tmp_path / "other", {"train": [(9, "b")]}, ("a", "b"))
-    found = [line.split() for line in inspection.diff(one, other).splitlines()]
-    assert found[3:7] == [["added", "1"], ["removed", "2"], ["relabelled", "0"], ["moved", "0"]]
-    assert ["train", "1.0000", "1.0000", "0.0000", "0.0353"] in found
-    assert ["test", "-", "-", "0.0196", "-"] in found
-    back = [line.split() for line in inspection.diff(other, one).splitlines()]
-    assert back[3:7] == [["added", "2"], ["removed", "1"], ["relabelled", "0"], ["moved", "0"]]
-
-
-def test_no_difference(small_dataset, small_idx, tmp_path):
-    config = PreprocessConfig(
-        sources=(f"idx:{small_idx}",), output_dir=tmp_path / "gz", compression="gzip", num_shards=2
-    )
-    assert preprocess.execute(config) == 0
-    found = [line.split() for line in inspection.diff(small_dataset, tmp_path / "gz").splitlines()]
-    assert [line[1] for line in found[3:7]] == ["0"] * 4
-    assert all(line[1:3] == ["0.0000", "0.0000"] for line in found[9:12])
-    assert [line[0] for line in found[9:12]] == list(SPLITS)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        ([1, 1], [1, 1], 0.0),
-        ([1, 1], [5, 5], 0.0),
-        ([1, 0], [0, 3], 1.0),
-        ([3, 1], [1, 3], 0.5),
-        ([0, 0], [1, 1], None),
-        ([1, 1], [0, 0], None),
-    ],
-)
-def test_distance(one, other, expected):
-    assert inspection.distance(np.array(one), np.array(other)) == expected
-
-
 # The command line
 
 
@@ -493,7 +457,8 @@ def test_distance(one, other, expected):
         (["verify"], "required: DIR"),
         (["diff", "x"], "required: DIR"),
         (["verify", "x", "y"], "unrecognized arguments: y"),
-        (["verify", "gs://bucket/x"], "gs://bucket/x: expected a local folder"),
+        (["verify", "gs://bucket/../x"], "gs://bucket/../x: has an empty part, or . or .."),
+        (["verify", "s3://bucket/x"], "s3://bucket/x: expected a local folder or gs://"),
         (["describe", ""], "expected a folder, got an empty name"),
     ],
 )

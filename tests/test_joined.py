@@ -5,8 +5,9 @@ from test_images import encoded, write_tree
 
 from pipeline import preprocess
 from pipeline.command import InputError
-from pipeline.dataset import image_ids, load_manifest, read_records
-from pipeline.preprocess import PreprocessConfig
+from pipeline.dataset import load_manifest
+from pipeline.options import PreprocessConfig
+from pipeline.records import image_ids, read_records
 from pipeline.sources import Block, idx, images, open_sources
 
 
@@ -161,5 +162,90 @@ def test_too_many_classes_together(tmp_path):
     for i in range(2):
         for j in range(129):
             (tmp_path / str(i) / "train" / f"{i}-{j}").mkdir(parents=True)
-    with pytest.raises(InputError, match="the sources have 258 classes, expected at most 256"):
+    with pytest.raises(InputError, match="258 classes in all, expected 2 to 256"):
         open_sources([f"images:{tmp_path / str(i)}" for i in range(2)])
+
+
+def of_one_class(tmp_path, kind):
+    """Images all of class 0, none in test, as a source of their own: (spec, pixels)."""
+    pixels = helpers.make_images(9, 1, seed=3)["train"][0]
+    train = {"train": (pixels, np.zeros(9, np.uint8))}
+    write = helpers.write_idx if kind == "idx" else write_tree
+    return f"{kind}:{write(tmp_path / 'week', train)}", pixels
+
+
+@pytest.mark.parametrize("week_first", [False, True])
+@pytest.mark.parametrize("kind", ["idx", "images"])
+def test_a_source_of_one_class_and_without_test(two, tmp_path, kind, week_first):
+    (spec, _), (data, _) = two
+    week, pixels = of_one_class(tmp_path, kind)
+    specs = (week, spec) if week_first else (spec, week)
+    source = open_sources(specs)
+    assert source.class_names == tuple("0123456789")
+    assert source.part_sizes == {"train": 39, "test": 12}
+    assert open_sources(source.specs) == source
+    config = PreprocessConfig(
+        sources=specs, output_dir=tmp_path / "out", num_shards=1, split_by="hash"
+    )
+    assert preprocess.execute(config) == 0
+    splits = load_manifest(tmp_path / "out").splits
+    trained = [
+        record.id
+        for split in ("train", "validation")
+        for record in read_records(tmp_path / "out", splits[split].shards[0])
+    ]
+    both = np.concatenate([data["train"][0], pixels]).reshape(-1, 784)
+    assert sorted(trained) == sorted(image_ids(both))
+    assert splits["test"].num_examples == 12
+
+
+def test_an_idx_source_without_train(two, tmp_path):
+    (spec, _), (data, _) = two
+    folder = helpers.write_idx(
+        tmp_path / "more", {"test": helpers.make_images(5, 7, seed=4)["test"]}
+    )
+    source = open_sources([spec, f"idx:{folder}"])
+    assert source.part_sizes == {"train": 30, "test": 19}
+    rows = rows_of(source, "test")
+    assert joined(rows, "positions").tolist() == list(range(19))
+    assert joined(rows_of(source, "train"), "labels").tolist() == data["train"][1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["idx", "images"])
+def test_one_class_in_all(two, tmp_path, kind):
+    week, _ = of_one_class(tmp_path, kind)
+    with pytest.raises(InputError) as caught:
+        open_sources([week, week])
+    assert str(caught.value) == (
+        f"--source {week} --source {week}: 1 class in all, expected 2 to 256"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gone", "alone", "message"),
+    [
+        (["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"], True, "no t10k-images-idx3-ubyte"),
+        (["train-images-idx3-ubyte", "train-labels-idx1-ubyte"], True, "no train-images-idx3-"),
+        (["t10k-labels-idx1-ubyte"], False, "no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte."),
+        (["train-images-idx3-ubyte"], False, "no train-images-idx3-ubyte or train-images-idx3-ub"),
+        (None, False, "no train-images-idx3-ubyte"),
+    ],
+    ids=["test, alone", "train, alone", "half of test", "half of train", "all"],
+)
+def test_missing_idx_files_are_named(two, tmp_path, gone, alone, message):
+    specs, _ = two
+    for path in list((tmp_path / "1").iterdir()):
+        if gone is None or path.name in gone:
+            path.unlink()
+    with pytest.raises(InputError, match=f"^{tmp_path / '1'}: {message}"):
+        open_sources(specs[1:] if alone else specs)
+
+
+def test_no_test_in_all(two, tmp_path):
+    specs, _ = two
+    for path in tmp_path.glob("[01]/t10k-*"):
+        path.unlink()
+    config = PreprocessConfig(sources=tuple(specs), output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="the test split would be empty"):
+        preprocess.execute(config)
+    assert not (tmp_path / "out").exists()

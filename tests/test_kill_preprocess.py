@@ -13,9 +13,9 @@ from pathlib import Path
 import helpers
 import pytest
 
-from pipeline import preprocess
+from pipeline import existing, preprocess
 from pipeline.command import InputError
-from pipeline.preprocess import PreprocessConfig
+from pipeline.options import PreprocessConfig
 
 NEW = ("--num_shards=3",)
 OLD = ("--num_shards=2",)
@@ -157,7 +157,7 @@ def old_new_or_none(undisturbed, output):
         return
     found = helpers.tree(output)
     if found != undisturbed.old:
-        found = {n: d for n, d in found.items() if n not in ("metrics.json", ".lock")}
+        found = {n: d for n, d in found.items() if n != "metrics.json"}
         assert sorted(found) == sorted(undisturbed.new)
         assert [name for name in found if found[name] != undisturbed.new[name]] == []
 
@@ -202,13 +202,13 @@ def appears(pattern):
 
 
 EVENTS = {
-    "a shard": appears(".out.incomplete/*.tfrecord"),
-    "the manifest": appears(".out.incomplete/manifest.json"),
+    "a shard": appears(".out.incomplete/*/*.tfrecord"),
+    "the manifest": appears(".out.incomplete/*/manifest.json"),
     "the staging folder": appears(".out.incomplete"),
-    "the quarantine": appears(".out.incomplete/quarantine/*"),
-    "a temporary file": appears(".out.incomplete/.*.tfrecord.*"),
-    "the last shard": appears(".out.incomplete/test-00002-of-00003.tfrecord"),
-    "the metrics": appears(".out.incomplete/metrics.json"),
+    "the quarantine": appears(".out.incomplete/*/quarantine/*"),
+    "a temporary file": appears(".out.incomplete/*/.*.tfrecord.*"),
+    "the last shard": appears(".out.incomplete/*/test-00002-of-00003.tfrecord"),
+    "the metrics": appears(".out.incomplete/*/metrics.json"),
     "the dataset": appears("out/manifest.json"),
 }
 
@@ -317,8 +317,8 @@ def test_another_run_publishes_meanwhile(same, small_idx, small_dataset, monkeyp
     config = PreprocessConfig(
         sources=(f"idx:{small_idx}",), output_dir=small_dataset, num_shards=3 if same else 4
     )
-    answers = [lambda *_: False, preprocess.is_there]  # as it was when this run began, and later
-    monkeypatch.setattr(preprocess, "is_there", lambda *args: answers.pop(0)(*args))
+    answers = [lambda *_: False, existing.is_there]  # as it was when this run began, and later
+    monkeypatch.setattr(existing, "is_there", lambda *args: answers.pop(0)(*args))
     before = helpers.tree(small_dataset)
     if same:
         assert preprocess.execute(config) == 0

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline import metrics, report
 from pipeline.command import InputError
-from pipeline.dataset import Manifest, Split, image_ids
+from pipeline.dataset import Manifest, Split
+from pipeline.records import image_ids
 
 MODEL = {"model_id": "0123456789abcdef", "weights_sha256": "f" * 64, "preset": "core", "seed": 22}
 CURVES = [

@@ -241,3 +241,16 @@ def test_ask_trainer_passes_its_complaint_on():
     with pytest.raises(InputError, match="--epochs 0"):
         retrain.ask_trainer(parse("--epochs=0"))
     assert retrain.ask_trainer(parse("--epochs=7"))["epochs"] == 7
+
+
+@pytest.mark.parametrize("flag", ["--run_dir", "--model_dir", "--checkpoint_dir=x"])
+def test_the_trainers_folders_are_the_chains(flag):
+    config = retrain.parse(["--root", "r", "--source", "digits", flag, "x"])
+    with pytest.raises(InputError, match=f"{flag}: is for trainer.task alone"):
+        retrain.ask_trainer(config)
+
+
+def test_a_clouds_folders_are_not_the_chains(monkeypatch):
+    monkeypatch.setenv("AIP_MODEL_DIR", "gs://bucket/model")
+    config = retrain.parse(["--root", "r", "--source", "digits", "--epochs", "3"])
+    assert retrain.ask_trainer(config)["epochs"] == 3

@@ -163,3 +163,15 @@ def test_what_a_runner_would_fail_on_is_refused_before(arguments):
     with pytest.raises(InputError, match=r"expected|no such file") as caught:
         runners.beam_options(arguments)
     assert "\n" not in str(caught.value)
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_one_and_no_failure_of_a_step():
+    def build(root):
+        return root | beam.Create([1]) | beam.Map(interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        runners.run(runners.beam_options([]), build, "n")

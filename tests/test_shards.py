@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from pipeline import dataset, shards
-from pipeline.dataset import SPLITS, image_digests, image_ids, parse_manifest, read_records
+from pipeline.dataset import SPLITS, parse_manifest
 from pipeline.dataset import manifest_json as to_json
+from pipeline.records import image_digests, image_ids, read_records
 from pipeline.shards import ShardOptions
 from pipeline.transforms import ROW
 

@@ -15,9 +15,10 @@ import pytest
 import requests
 
 from benchmarks.preprocess import lay_out_downloads
-from pipeline import preprocess
+from pipeline import options, preprocess
 from pipeline.command import InputError
-from pipeline.dataset import image_ids, load_manifest
+from pipeline.dataset import load_manifest
+from pipeline.records import image_ids
 from pipeline.sources import Block, digits, idx, open_sources, ranges, tfds
 
 # A download of TensorFlow Datasets is kept under its address and the base64 of its SHA-256.
@@ -88,6 +89,7 @@ def test_ranges(sizes, size, expected):
         ("idx:", "expected something after the colon"),
         ("tfds:", "expected something after the colon"),
         ("digits:8", "--source digits:8: digits takes no argument"),
+        ("idx:gs://bucket/x", "idx:gs://bucket/x: sources are read from local folders"),
         ("idx:/no/such/folder", "--source idx:/no/such/folder: no such folder"),
         ("idx:" + "x" * 300, "cannot be read: File name too long"),
     ],
@@ -259,8 +261,10 @@ def test_idx_of_one_class(tmp_path):
     data = helpers.make_images(25, 11)
     for _, labels in data.values():
         labels[:] = 0
-    with pytest.raises(InputError, match="every label is 0; expected at least two classes"):
-        open_sources([f"idx:{helpers.write_idx(tmp_path, data)}"])
+    spec = f"idx:{helpers.write_idx(tmp_path, data)}"
+    with pytest.raises(InputError) as caught:
+        open_sources([spec])
+    assert str(caught.value) == f"--source {spec}: 1 class in all, expected 2 to 256"
 
 
 def test_idx_folder_that_is_a_file(tmp_path):
@@ -313,7 +317,7 @@ def test_idx_that_shrinks_later(tmp_path, gz):
         [f"idx:{helpers.write_idx(tmp_path, helpers.make_images(25, 11), gz=gz)}"]
     )
     helpers.write_idx(tmp_path, helpers.make_images(24, 11), gz=gz)
-    with pytest.raises(RuntimeError, match="changed while it was read"):
+    with pytest.raises(InputError, match="changed while it was read"):
         read_all(source)
 
 
@@ -444,7 +448,7 @@ def test_tfds_and_idx_make_the_same_dataset(own_set, small_idx, tmp_path):
     made = []
     for spec in (f"idx:{small_idx}", f"tfds:{own_set(data=helpers.make_images())}"):
         folder = tmp_path / str(len(made))
-        config = preprocess.PreprocessConfig(
+        config = options.PreprocessConfig(
             sources=(spec,), output_dir=folder, num_shards=2, split_by="hash"
         )
         assert preprocess.execute(config) == 0
@@ -500,6 +504,67 @@ def test_tfds_that_fails_leaves_what_was_there(library, tfds_dir):
     half.unlink()
 
 
+def broken_off(downloaded, beside):
+    """Stands for TFDS's downloader: writes half a file, lets another process act, and fails."""
+
+    def download(self, url, folder, verify):
+        (folder / "half").write_bytes(b"half")
+        downloaded.append(folder)
+        beside()
+        raise OSError("the line broke")
+
+    return download
+
+
+@pytest.fixture
+def broken_line(library, tmp_path, monkeypatch):
+    """Sets a folder of one test's own, and how a download fails; both are returned by a call."""
+    from tensorflow_datasets.core.download import downloader
+
+    def make(beside):
+        downloaded = []
+        download = broken_off(downloaded, beside)
+        monkeypatch.setattr(downloader._Downloader, "download", download)
+        monkeypatch.setitem(library.builder.keywords, "data_dir", str(tmp_path / "own"))
+        return tmp_path / "own", downloaded
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist/digits"])
+def test_tfds_that_fails_leaves_what_others_make_meanwhile(name, broken_line):
+    family = name.partition("/")[0]
+    others = [
+        "cifar10/3.0.2/features.json",
+        "downloads/cifar10/whole.gz",
+        "downloads/cifar10/part.gz.tmp.0123456789abcdef0123456789abcdef/part.gz",
+        f"downloads/{family}/part.gz.tmp.0123456789abcdef0123456789abcdef/part.gz",
+        f"downloads/{family}/whole.gz",
+        f"{family}/incomplete.ABCDEF_3.0.1/part",
+    ]
+
+    def beside():
+        for other in others:
+            (own / other).parent.mkdir(parents=True, exist_ok=True)
+            (own / other).write_bytes(b"theirs")
+
+    own, downloaded = broken_line(beside)
+    with pytest.raises(InputError, match="cannot be prepared: the line broke"):
+        open_sources([f"tfds:{name}"])
+    left = helpers.tree(own)
+    left.pop(f"{family}/.config/metadata.json", None)  # the same, whoever wrote it
+    assert left == dict.fromkeys(others, b"theirs")
+    assert downloaded and not any(folder.exists() for folder in downloaded)
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist/digits"])
+def test_tfds_that_fails_alone_leaves_nothing(name, broken_line):
+    own, downloaded = broken_line(lambda: None)
+    with pytest.raises(InputError, match="cannot be prepared: the line broke"):
+        open_sources([f"tfds:{name}"])
+    assert downloaded and list(own.parent.rglob("*")) == []
+
+
 def test_requests_fail_at_once_without_a_network():
     with tfds._no_requests(), pytest.raises(requests.ConnectionError, match="cannot be reached"):
         requests.get("https://example.invalid")
@@ -537,7 +602,7 @@ def test_network_that_does_not_answer(monkeypatch):
 
 READ_TFDS = """
 import sys, numpy as np
-from pipeline.dataset import image_ids
+from pipeline.records import image_ids
 from pipeline.sources import open_sources, tfds
 tfds.network_reachable = lambda: False
 source = open_sources(["tfds:mnist"])
@@ -569,7 +634,11 @@ def test_tfds_mnist_from_downloads(mnist_dir, tmp_path):
 @pytest.fixture
 def lines(caplog):
     caplog.set_level(logging.INFO, logger="digits_pipeline")
-    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+    return lambda: [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "digits_pipeline"
+    ]
 
 
 def test_auto_takes_the_variable_first(small_idx, monkeypatch, lines):
@@ -595,8 +664,10 @@ def test_auto_takes_the_number_of_classes_for_idx_files_alone(small_idx, monkeyp
 
 @pytest.mark.parametrize("environ", [{}, {"MNIST_IDX_DIR": ""}], ids=["unset", "empty"])
 def test_auto_asks_tfds_next(monkeypatch, lines, environ):
-    monkeypatch.setattr(tfds, "open_source", lambda name: f"opened {name}")
-    assert open_sources(["auto"], environ=environ) == "opened mnist"
+    asked, opened = [], digits.open_source("")
+    monkeypatch.setattr(tfds, "open_source", lambda name: asked.append(name) or opened)
+    assert open_sources(["auto"], environ=environ) is opened
+    assert asked == ["mnist"]
     assert lines() == [("INFO", "source auto: MNIST from TensorFlow Datasets")]
 
 

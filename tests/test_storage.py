@@ -45,7 +45,7 @@ def test_folder_refuses(text, message):
 
 @pytest.mark.parametrize("data", [b"\x00\xff", "één\n", b"", ""], ids=repr)
 def test_write_atomic(tmp_path, data):
-    path = tmp_path / "new" / "folder" / "file"
+    path = tmp_path / "new" / "file"
     storage.write_atomic(path, b"before, and longer")
     storage.write_atomic(path, data)
     assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
@@ -96,7 +96,7 @@ def test_published_whole(tmp_path, exists):
         (staging / "sub").mkdir()
         (staging / "sub" / "file").write_bytes(b"2")
         assert not (final / "file").exists()
-        assert staging.parent == final.parent  # so that a rename is all there is to do
+        assert staging.parent.parent == final.parent  # so that a rename is all there is to do
     assert helpers.tree(final) == {"file": b"1", "sub/file": b"2"}
     assert names(tmp_path / "a") == ["final"]
 
@@ -181,7 +181,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (leftover / ".lock").touch()
     (leftover / "link").symlink_to(tmp_path / "mine")
     with storage.published_whole(tmp_path / "final") as staging:
-        assert names(staging) == [".lock"]
+        assert names(staging) == [] and names(leftover) == sorted([".lock", staging.name])
         (staging / "new").write_bytes(b"new")
     assert helpers.tree(tmp_path) == {"final/new": b"new", "mine/file": b"mine"}
     assert names(tmp_path) == ["final", "mine"]
@@ -223,10 +223,10 @@ def test_lock_is_held_until_the_folder_stands(tmp_path, monkeypatch):
 
     def while_renaming(self, target):
         try:
-            with storage.locked(self):
+            with storage.locked(self.parent):
                 pass
         except LockedError:
-            refused.append(self.name)
+            refused.append(self.parent.name)
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", while_renaming)
@@ -370,7 +370,7 @@ def test_rename_that_fails_keeps_the_old_folder(old, monkeypatch, nth):
     calls = []
 
     def failing(self, target):
-        calls.append(self.name)
+        calls.append((self.parent.name, target.name))
         if len(calls) == nth + 1:
             raise OSError("disk full")
         return rename(self, target)
@@ -378,7 +378,8 @@ def test_rename_that_fails_keeps_the_old_folder(old, monkeypatch, nth):
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="disk full"):
         put_new(old)
-    assert calls[: nth + 1] == ["final", ".final.incomplete"][: nth + 1]
+    assert calls[0] == (old.parent.name, ".final.replaced")
+    assert calls[1:2] == [(".final.incomplete", "final")][:nth]
     assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
 
 
@@ -456,13 +457,26 @@ def test_recovering_leaves_another_process_at_its_work(old):
     with storage.published_whole(old, replace=True) as staging:
         (staging / "file").write_bytes(b"new")
         storage.recover(old)
-        assert helpers.tree(staging) == {".lock": b"", "file": b"new"}
-    assert helpers.tree(old) == {"file": b"new"}
-    with storage.locked(old):
-        storage.recover(old)
-        assert names(old) == [".lock", "file"]
-    storage.recover(old)
-    assert names(old) == ["file"]
+        assert helpers.tree(staging) == {"file": b"new"}
+    assert helpers.tree(old) == {"file": b"new"} and names(old.parent) == ["final"]
+
+
+def test_worker_of_a_killed_run_cannot_write_into_the_next(tmp_path):
+    program = (
+        "import os, pathlib; from pipeline import storage;"
+        "publishing = storage.published_whole(pathlib.Path('final'));"
+        "print(publishing.__enter__(), flush=True); os._exit(1)"
+    )
+    orphans = Path(helpers.run_python("-c", program, cwd=tmp_path).stdout.strip())
+    assert orphans.is_dir()
+    with storage.published_whole(tmp_path / "final") as staging:
+        with pytest.raises(FileNotFoundError):
+            storage.write_atomic(orphans / "sub/file", b"old")
+        storage.write_atomic(orphans / "file", b"old")  # beside what is made, and swept away
+        storage.write_atomic(staging / "sub/file", b"new")
+    with pytest.raises(FileNotFoundError):
+        storage.write_atomic(orphans / "file", b"old")
+    assert helpers.tree(tmp_path) == {"final/sub/file": b"new"}
 
 
 def test_folder_is_removed_though_another_process_removes_it_too(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import runners, transforms
 from pipeline.command import InputError
-from pipeline.dataset import SPLITS, id_bits, image_digests, image_ids
+from pipeline.dataset import SPLITS
+from pipeline.records import id_bits, image_digests, image_ids
 from pipeline.shards import ShardOptions
 from pipeline.sources import Fault, NumberedRows, RawRows, open_sources
 from pipeline.splits import Splitter, make_splitter

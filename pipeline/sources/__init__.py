@@ -121,7 +121,7 @@ class Source(Protocol):
 
     @property
     def part_sizes(self) -> dict[str, int]:
-        """Rows of "train" and of "test"."""
+        """Rows of "train" and of "test"; either may be 0."""
 
     def describe(self) -> dict[str, Any]:
         """What was read, for the manifest: at least ``kind`` and ``title``; no path, no time."""
@@ -168,7 +168,8 @@ def open_sources(
         environ: where ``auto`` looks.
 
     Raises:
-        InputError: there is no such source, or it cannot be read.
+        InputError: there is no such source, or it cannot be read, or all have less than two
+            classes together.
     """
     kinds = {spec.partition(":")[0] for spec in specs}
     if num_classes is not None and not kinds & {"idx", "auto"}:
@@ -177,10 +178,13 @@ def open_sources(
         raise InputError("--resize: goes with images: sources alone")
     # A source's libraries are loaded only when it is used.
     joined = importlib.import_module("pipeline.sources.joined")
-    return joined.join([_open(spec, num_classes, resize, environ) for spec in specs])
+    alone = len(specs) == 1
+    return joined.join([_open(spec, alone, num_classes, resize, environ) for spec in specs])
 
 
-def _open(spec: str, num_classes: int | None, resize: bool, environ: Mapping[str, str]) -> Source:
+def _open(
+    spec: str, alone: bool, num_classes: int | None, resize: bool, environ: Mapping[str, str]
+) -> Source:
     kind, _, argument = spec.partition(":")
     if kind not in (*KINDS, "auto"):
         raise InputError(f"--source {spec}: unknown source; expected {SYNTAX}")
@@ -188,9 +192,11 @@ def _open(spec: str, num_classes: int | None, resize: bool, environ: Mapping[str
         raise InputError(f"--source {spec}: {kind} takes no argument; expected {SYNTAX}")
     if kind not in ("digits", "auto") and not argument:
         raise InputError(f"--source {spec}: expected something after the colon: {SYNTAX}")
+    if "://" in argument:
+        raise InputError(f"--source {spec}: sources are read from local folders; expected one")
     module = importlib.import_module(f"pipeline.sources.{kind}")
     if kind == "idx":
-        return module.open_source(argument, num_classes)
+        return module.open_source(argument, num_classes, alone=alone)
     if kind == "images":
         return module.open_source(argument, resize=resize)
     return (

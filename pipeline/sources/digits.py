@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset import NUM_PIXELS, id_bits, image_ids
+from pipeline.dataset import NUM_PIXELS
+from pipeline.records import id_bits, image_ids
 from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
 TITLE = "the 1,797 8x8 digits that come with scikit-learn (not MNIST)"

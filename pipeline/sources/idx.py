@@ -23,6 +23,7 @@ from pipeline.sources import Block, NumberedRows, RawRows, ranges
 
 # By the SHA-256 of the labels of train and test.
 KNOWN_SETS = {"671ff9d70b4811116d55c3dd479efa7a981e2e62753ef7a6d5c15fea81e63d27": "MNIST"}
+IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 PARTS = {"train": ("train",), "test": ("t10k", "test")}
 # A gzip file can only be read from its start, so each block of it reads past all before: large
 # blocks keep that cheap, and what is held at once stays small.
@@ -48,7 +49,7 @@ class IdxSource:
     specs: tuple[str, ...]
     class_names: tuple[str, ...]
     part_sizes: dict[str, int]
-    files: dict[str, tuple[IdxFile, IdxFile]]  # of each part: images, labels
+    files: dict[str, tuple[IdxFile, IdxFile]]  # of each part that is there: images, labels
     labels_sha256: str
     default_split_by: str = "positional"
     has_order: bool = True
@@ -69,8 +70,9 @@ class IdxSource:
     def blocks(self) -> list[Block]:
         """Ranges of rows: of a gzip file few, however large it is."""
         blocks = []
-        for part, size in self.part_sizes.items():
-            zipped = any(file.path.suffix == ".gz" for file in self.files[part])
+        for part, pair in self.files.items():
+            size = self.part_sizes[part]
+            zipped = any(file.path.suffix == ".gz" for file in pair)
             rows = max(ROWS_PER_BLOCK, -(-size // MAX_GZIP_BLOCKS)) if zipped else ROWS_PER_BLOCK
             blocks += ranges({part: size}, rows)
         return blocks
@@ -95,13 +97,14 @@ class IdxSource:
                 )
 
 
-def open_source(directory: str, num_classes: int | None = None) -> IdxSource:
+def open_source(directory: str, num_classes: int | None = None, *, alone: bool = True) -> IdxSource:
     """Opens the IDX files of a folder, after checking their headers against their real lengths.
 
     Args:
         directory: the folder.
         num_classes: how many classes there are; by default the largest label of both parts,
             plus one. A label beyond is for validation to find.
+        alone: whether no other source may have the part, train or test, that this one lacks.
 
     Raises:
         InputError: a file is missing or is not what its header says.
@@ -110,26 +113,25 @@ def open_source(directory: str, num_classes: int | None = None) -> IdxSource:
     try:
         if not folder.is_dir():
             raise InputError(f"--source idx:{directory}: no such folder")
-        files = {part: _open_pair(folder, stems) for part, stems in PARTS.items()}
+        parts = PARTS if alone else _parts_there(folder) or PARTS
+        files = {part: _open_pair(folder, stems) for part, stems in parts.items()}
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"--source idx:{directory}: cannot be read: {error.strerror}") from None
     largest, labels_sha256 = _sum_up([labels for _, labels in files.values()])
     if num_classes is None:
         num_classes = largest + 1
-        if num_classes < 2:
-            raise InputError(f"{folder}: every label is 0; expected at least two classes")
     return IdxSource(
         specs=(f"idx:{folder.absolute()}",),
         class_names=tuple(str(label) for label in range(num_classes)),
-        part_sizes={part: images.shape[0] for part, (images, _) in files.items()},
+        part_sizes={part: files[part][0].shape[0] if part in files else 0 for part in PARTS},
         files=files,
         labels_sha256=labels_sha256,
     )
 
 
 def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
-    images = inspect(_find(folder, stems, "images-idx3-ubyte"), dimensions=3)
-    labels = inspect(_find(folder, stems, "labels-idx1-ubyte"), dimensions=1)
+    images = inspect(_find(folder, stems, IMAGES), dimensions=3)
+    labels = inspect(_find(folder, stems, LABELS), dimensions=1)
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
         raise InputError(f"{images.path}: images are {height}x{width}, expected 28x28")
@@ -143,16 +145,32 @@ def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
     return images, labels
 
 
+def _parts_there(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Those of `PARTS` of which the images, the labels or both are there."""
+    return {
+        part: stems
+        for part, stems in PARTS.items()
+        if any(path.is_file() for kind in (IMAGES, LABELS) for path in _places(folder, stems, kind))
+    }
+
+
 def _find(folder: Path, stems: tuple[str, ...], suffix: str) -> Path:
-    """Finds the one file of this name, with a dash or (as some copies have it) a dot."""
-    names = [
-        f"{stem}-{form}" for stem in stems for form in (suffix, suffix.replace("-idx", ".idx"))
-    ]
-    candidates = [folder / (name + ending) for name in names for ending in ("", ".gz")]
-    found = next((path for path in candidates if path.is_file()), None)
+    """Finds the one file of this name."""
+    found = next((path for path in _places(folder, stems, suffix) if path.is_file()), None)
     if found is None:
-        raise InputError(f"{folder}: no {names[0]} or {names[0]}.gz")
+        raise InputError(f"{folder}: no {stems[0]}-{suffix} or {stems[0]}-{suffix}.gz")
     return found
+
+
+def _places(folder: Path, stems: tuple[str, ...], suffix: str) -> list[Path]:
+    """Where a file may be: with a dash or (as some copies have it) a dot, gzipped or not."""
+    forms = (suffix, suffix.replace("-idx", ".idx"))
+    return [
+        folder / f"{stem}-{form}{ending}"
+        for stem in stems
+        for form in forms
+        for ending in ("", ".gz")
+    ]
 
 
 def inspect(path: Path, *, dimensions: int) -> IdxFile:
@@ -219,5 +237,5 @@ def _skip(file: IO[bytes], count: int) -> None:
 def _read_exactly(file: IO[bytes], count: int, path: Path) -> bytes:
     data = file.read(count)
     if len(data) != count:  # it was checked when the source was opened
-        raise RuntimeError(f"{path}: changed while it was read")
+        raise InputError(f"{path}: changed while it was read")
     return data

@@ -12,6 +12,8 @@ from pipeline.command import InputError
 from pipeline.dataset import MAX_CLASSES
 from pipeline.sources import Block, Prefixed, RawRows, Source, sort_names
 
+MIN_CLASSES = 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JoinedSource:
@@ -99,13 +101,13 @@ def join(sources: list[Source]) -> Source:
     """One source is itself; several become one.
 
     Raises:
-        InputError: they have too many classes together.
+        InputError: they have too few classes together, or too many.
     """
-    if len(sources) == 1:
-        return sources[0]
-    joined = JoinedSource(sources=tuple(sources))
-    if len(joined.class_names) > MAX_CLASSES:
+    source = sources[0] if len(sources) == 1 else JoinedSource(sources=tuple(sources))
+    if not MIN_CLASSES <= (found := len(source.class_names)) <= MAX_CLASSES:
+        specs = " ".join(f"--source {spec}" for spec in source.specs)
         raise InputError(
-            f"the sources have {len(joined.class_names)} classes, expected at most {MAX_CLASSES}"
+            f"{specs}: {found} {'class' if found == 1 else 'classes'} in all,"
+            f" expected {MIN_CLASSES} to {MAX_CLASSES}"
         )
-    return joined
+    return source

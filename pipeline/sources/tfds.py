@@ -8,6 +8,8 @@ import io
 import sys
 import threading
 import time
+import types
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from pipeline.sources import Block, NumberedRows, RawRows, ranges
 from pipeline.storage import remove
 
 DOWNLOAD_HOST = "storage.googleapis.com"
+DOWNLOADS = "downloads"
+CONFIGURATIONS = ".config"
 PROBE_SECONDS = 8
 SETTLE_SECONDS = 1.0
 ROWS_PER_BLOCK = 16384
@@ -119,26 +123,62 @@ def _prepare(name: str, builder: Any) -> None:
     if builder.data_path.exists():
         return
     root = Path(str(builder.data_path)).parents[builder.info.full_name.count("/")]
-    before = _entries(root)
+    absent = [folder for folder in _folders(root, builder) if not folder.exists()]
+    mark = uuid.uuid4().hex[:16]
     try:
         with (
             contextlib.nullcontext() if network_reachable() else _no_requests(),
+            _marked_files(mark),
             contextlib.redirect_stdout(io.StringIO()),  # the first line is not to be TFDS's
         ):
             builder.download_and_prepare()
     except Exception as error:  # the network, a checksum, the disk: one line tells which
-        for left in sorted(_entries(root) - before, reverse=True):
-            remove(left)
+        _clear(root / DOWNLOADS, mark, absent)
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--source tfds:{name}: cannot be prepared: {reason}") from None
 
 
-def _entries(root: Path) -> set[Path]:
-    """What TFDS may add to as it tries: its folder, the downloads, and what is in those."""
-    patterns = ("*", "downloads/*", "downloads/*/*")
-    return {path for pattern in patterns for path in root.glob(pattern)} | (
-        {root} if root.exists() else set()
-    )
+def _folders(root: Path, builder: Any) -> Iterator[Path]:
+    """The folders that TFDS makes for a set where they are missing, innermost first."""
+    downloads = root / DOWNLOADS
+    yield from list(Path(str(builder.data_path)).parents)[: builder.info.full_name.count("/")]
+    yield from (downloads / builder.name, downloads / "extracted", downloads, root)
+
+
+@contextlib.contextmanager
+def _marked_files(mark: str) -> Iterator[None]:
+    """Puts a mark in the names of what TFDS has not finished downloading or extracting.
+
+    The folder is shared with other processes, and their names differ by a UUID alone.
+    """
+    from tensorflow_datasets.core.download import download_manager, extractor
+
+    marked = types.SimpleNamespace(uuid4=lambda: uuid.UUID(mark + uuid.uuid4().hex[:16]))
+    with (
+        mock.patch.object(download_manager, "uuid", marked),
+        mock.patch.object(extractor, "uuid", marked),
+    ):
+        yield
+
+
+def _clear(downloads: Path, mark: str, absent: list[Path]) -> None:
+    """Removes what a failed attempt left, and nothing that another process may have made.
+
+    What was downloaded whole stays, for all to use. The unfinished set TFDS has removed itself.
+
+    Args:
+        downloads: where the files with the mark are.
+        mark: `_marked_files`'s.
+        absent: folders that were not there before, innermost first; removed where nothing is left
+            in them but what TFDS notes of a set's configurations.
+    """
+    for left in downloads.glob(f"*/*{mark}*"):
+        remove(left)
+    for folder in absent:
+        with contextlib.suppress(OSError):  # it holds something, or was never made
+            if [path.name for path in folder.iterdir()] == [CONFIGURATIONS]:
+                remove(folder / CONFIGURATIONS)
+            folder.rmdir()
 
 
 def network_reachable() -> bool:

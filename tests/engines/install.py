@@ -1,10 +1,11 @@
-"""Installs what the tests of the engines need under ``.engines/``: Prism and a Flink job server.
+"""Installs under ``.engines/`` what tests need that is not Python.
 
-python tests/engines/install.py [prism] [flink]
+python tests/engines/install.py [prism] [flink] [emulator]
 
-Prism is built from Beam's Go sources, and the job server is put together from Beam's modules on
-Maven Central, so nothing comes from anywhere but a package registry. What is already there is
-left as it is; delete the folder to start again.
+Prism and fake-gcs-server, a Cloud Storage in memory, are built from their Go sources, and the
+Flink job server is put together from Beam's modules on Maven Central, so nothing comes from
+anywhere but a package registry. What is already there is left as it is; delete the folder to
+start again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 ENGINES = HERE.parent.parent / ".engines"
 PRISM = ENGINES / "prism"
 PRISM_MODULE = "github.com/apache/beam/sdks/v2/go/cmd/prism@v2.77.0"
+EMULATOR = ENGINES / "fake-gcs-server"
+EMULATOR_MODULE = "github.com/fsouza/fake-gcs-server@v1.56.1"
 FLINK_JARS = ENGINES / "flink"
 FLINK_JOB_SERVER = ENGINES / "flink-job-server.jar"
 FLINK_VERSION = "1.19"
@@ -29,7 +32,7 @@ MANIFEST_LINE = 70  # a jar's manifest wraps its lines at 72 bytes
 
 def main(names: list[str]) -> int:
     """Installs the named engines, by default all; returns an exit code."""
-    installers = {"prism": install_prism, "flink": install_flink}
+    installers = {"prism": install_prism, "flink": install_flink, "emulator": install_emulator}
     try:
         if unknown := set(names) - installers.keys():
             raise LookupError(f"no engine {unknown.pop()}; expected {' or '.join(installers)}")
@@ -42,16 +45,26 @@ def main(names: list[str]) -> int:
 
 
 def install_prism() -> None:
-    """Builds Prism; the first time takes some minutes."""
-    if PRISM.exists():
+    """Builds Beam's runner in Go."""
+    _build(PRISM, PRISM_MODULE)
+
+
+def install_emulator() -> None:
+    """Builds the server that stands for Cloud Storage."""
+    _build(EMULATOR, EMULATOR_MODULE)
+
+
+def _build(program: Path, module: str) -> None:
+    """Builds a Go program; the first time takes some minutes."""
+    if program.exists():
         return
-    _require("go", "Prism is built with Go: https://go.dev/dl")
-    print("building Prism", flush=True)
-    building = ENGINES / "prism.incomplete"
+    _require("go", f"{program.name} is built with Go: https://go.dev/dl")
+    print(f"building {program.name}", flush=True)
+    building = ENGINES / f"{program.name}.incomplete"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    _run("go", "install", PRISM_MODULE, env={"GOBIN": str(building)})
-    (building / "prism").rename(PRISM)
+    _run("go", "install", module, env={"GOBIN": str(building)})
+    (building / program.name).rename(program)
     building.rmdir()
 
 

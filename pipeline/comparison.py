@@ -1,0 +1,204 @@
+"""What is in a dataset, and how two differ.
+
+Of a record, 22 bytes are held (`pipeline.tables`): seven million take 154 MB, and matching them
+with as many of another dataset some more arrays of that size, no Python object each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pipeline import tables
+from pipeline.command import InputError
+from pipeline.dataset import SPLITS, Manifest, load_manifest
+from pipeline.matching import HASH, Index, compare
+from pipeline.records import SCALE_TABLE, unscale
+from pipeline.storage import Place
+
+MOST_LINES = 20  # on labels that changed
+COLUMN = 12
+LONGEST_NAME = 40
+LEFT_OUT = "..."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitStatistics:
+    """What `describe` and `diff` say of one split.
+
+    Attributes:
+        num_records: how many.
+        label_counts: int64 [num_classes].
+        levels: int64 [256], pixels by grey level.
+    """
+
+    num_records: int
+    label_counts: np.ndarray
+    levels: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean of the scaled pixels; nan of no records."""
+        return self._moment(SCALE_TABLE.astype(np.float64))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the scaled pixels; nan of no records."""
+        squares = self._moment(SCALE_TABLE.astype(np.float64) ** 2)
+        return (
+            float(np.sqrt(max(squares - self.mean**2, 0.0))) if self.num_records else float("nan")
+        )
+
+    def _moment(self, values: np.ndarray) -> float:
+        total = self.levels.sum()
+        return float(self.levels @ values / total) if total else float("nan")
+
+
+def statistics(
+    directory: Place, manifest: Manifest, split: str
+) -> tuple[SplitStatistics, np.ndarray]:
+    """Reads a split, a batch of records at a time; also gives them as `tables.ENTRY` [n].
+
+    Raises:
+        InputError: a file is missing or is not what the manifest says.
+    """
+    levels = np.zeros(256, np.int64)
+    parts = [np.empty(0, tables.ENTRY)]
+    for shard in manifest.splits[split].shards:
+        for records in tables.batches(directory, shard):
+            if any(record.label >= manifest.num_classes for record in records):
+                raise InputError(
+                    f"{directory / shard.file}: a label is not below {manifest.num_classes}"
+                )
+            try:
+                parts.append(tables.entries(records, SPLITS.index(split)))
+            except ValueError as error:
+                raise InputError(f"{directory / shard.file}: {error}") from None
+            pixels = unscale(np.stack([record.image for record in records]))
+            levels += np.bincount(pixels.ravel(), minlength=256)
+    counts = np.array(manifest.splits[split].label_counts, np.int64)
+    table = np.concatenate(parts)
+    return SplitStatistics(num_records=len(table), label_counts=counts, levels=levels), table
+
+
+def describe(directory: Place) -> str:
+    """A dataset as a table: splits, classes, statistics, what was set aside."""
+    manifest = load_manifest(directory)
+    found = {split: statistics(directory, manifest, split)[0] for split in SPLITS}
+    rows: list[tuple[str, list[str]]] = [
+        ("", list(SPLITS)),
+        ("records", [f"{found[split].num_records:,}" for split in SPLITS]),
+        ("files", [str(len(manifest.splits[split].shards)) for split in SPLITS]),
+        ("MB", [f"{_bytes(manifest, split) / 1e6:.1f}" for split in SPLITS]),
+        ("pixel mean", [f"{found[split].mean:.4f}" for split in SPLITS]),
+        ("deviation", [f"{found[split].deviation:.4f}" for split in SPLITS]),
+    ]
+    classes = [
+        (
+            _shortened(name),
+            [f"{manifest.splits[split].label_counts[label]:,}" for split in SPLITS],
+        )
+        for label, name in enumerate(manifest.class_names)
+    ]
+    width = max(COLUMN, 1 + max(len(name) for name, _ in classes))
+    duplicates = manifest.duplicates
+    lines = [
+        f"{directory}: dataset {manifest.dataset_id}",
+        f"source: {manifest.source['title']}; split by {manifest.split_by}",
+        "",
+        *(_row(name, cells, width) for name, cells in rows),
+        "",
+        *(_row(name, cells, width) for name, cells in classes),
+        "",
+        f"quarantined {manifest.quarantined['count']}, dropped {manifest.dropped},"
+        f" blank {manifest.flagged.get('blank', 0)}",
+        f"images that occur more than once {duplicates['images']} (copies"
+        f" {duplicates['copies']}), with different labels {duplicates['conflicting']},"
+        f" in test and elsewhere {duplicates['leaked']}",
+    ]
+    return "\n".join(lines)
+
+
+def _shortened(name: str) -> str:
+    """A name without its middle where it is longer than `LONGEST_NAME`: ends tell names apart."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    half = (LONGEST_NAME - len(LEFT_OUT)) // 2
+    return name[: LONGEST_NAME - len(LEFT_OUT) - half] + LEFT_OUT + name[-half:]
+
+
+def _row(name: str, cells: list[str], width: int = COLUMN) -> str:
+    return f"{name:<{width}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells)
+
+
+def _bytes(manifest: Manifest, split: str) -> int:
+    return sum(shard.bytes for shard in manifest.splits[split].shards)
+
+
+def diff(one: Place, other: Place) -> str:
+    """What changed from one dataset to another, and how far their distributions moved."""
+    manifests = [load_manifest(directory) for directory in (one, other)]
+    names_a, names_b = (manifest.class_names for manifest in manifests)
+    names = sorted({*names_a, *names_b})
+    a, index_a = _read(one, manifests[0], names)
+    b, index_b = _read(other, manifests[1], names)
+    changes = compare(index_a, index_b)
+    moves, relabels = changes.moves, changes.relabels
+    lines = [
+        f"A {one}: dataset {manifests[0].dataset_id}",
+        f"B {other}: dataset {manifests[1].dataset_id}",
+        "",
+        f"added      {changes.added:,}",
+        f"removed    {changes.removed:,}",
+        f"relabelled {sum(relabels.values()):,}",
+        f"moved      {sum(moves.values()):,}",
+    ]
+    named = {(SPLITS[x], SPLITS[y]): n for (x, y), n in moves.items()}
+    lines += [f"  {x} -> {y} {n:,}" for (x, y), n in sorted(named.items())]
+    largest = sorted(relabels.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_LINES]
+    lines += [f"  {names[x]} -> {names[y]} {n:,}" for (x, y), n in largest]
+    lines += ["", f"{'drift':<12}{'classes':>12}{'pixels':>12}{'mean A':>12}{'mean B':>12}"]
+    for split in SPLITS:
+        classes = distance(
+            _by_name(a[split], names_a, names_b), _by_name(b[split], names_b, names_a)
+        )
+        pixels = distance(a[split].levels, b[split].levels)
+        cells = [_number(value) for value in (classes, pixels, a[split].mean, b[split].mean)]
+        lines.append(_row(split, cells))
+    lines.append(
+        "drift is the total variation distance: 0 for the same shares, 1 for none in common"
+    )
+    return "\n".join(lines)
+
+
+def _read(
+    directory: Place, manifest: Manifest, names: list[str]
+) -> tuple[dict[str, SplitStatistics], Index]:
+    found, parts = {}, []
+    for split in SPLITS:
+        found[split], table = statistics(directory, manifest, split)
+        parts.append(table)
+    places = np.array([names.index(name) for name in manifest.class_names], np.uint16)
+    table = np.concatenate(parts)
+    parts.clear()
+    order = np.argsort(table["key"], kind="stable")
+    hashes = table["key"].astype(HASH)[order]
+    return found, Index(hashes, places[table["label"][order]], table["split"][order])
+
+
+def _by_name(found: SplitStatistics, own: tuple[str, ...], others: tuple[str, ...]) -> np.ndarray:
+    """Class counts in an order that both datasets share."""
+    counts = dict(zip(own, found.label_counts.tolist(), strict=True))
+    return np.array([counts.get(name, 0) for name in sorted({*own, *others})])
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float | None:
+    """The total variation distance of two histograms: half the sum of |p - q|; None of none."""
+    if not one.sum() or not other.sum():
+        return None
+    return float(np.abs(one / one.sum() - other / other.sum()).sum() / 2)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.4f}"

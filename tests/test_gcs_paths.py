@@ -1,0 +1,151 @@
+"""Names in buckets, and what is said where they cannot be used; needs no server."""
+
+import pickle
+from pathlib import PurePosixPath
+
+import helpers
+import pytest
+
+from pipeline import gcs, storage
+from pipeline.command import InputError
+from pipeline.gcs import GcsPath
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "key"),
+    [
+        ("gs://bucket", "bucket", ""),
+        ("gs://bucket/", "bucket", ""),
+        ("gs://bucket/a", "bucket", "a"),
+        ("gs://bucket/a/b/", "bucket", "a/b"),
+        ("gs://my.bucket_1-x/a b/ü", "my.bucket_1-x", "a b/ü"),
+    ],
+)
+def test_parse(text, bucket, key):
+    path = gcs.parse(text)
+    assert (path.bucket, path.key) == (bucket, key)
+    assert str(path) == text.removesuffix("/")
+    assert storage.folder(text, buckets=True) == storage.place(str(path)) == path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gs://", "expected gs://bucket/path"),
+        ("gs:///a", "expected gs://bucket/path"),
+        ("gs://Bucket/a", "expected gs://bucket/path"),
+        ("gs://b/a", "expected gs://bucket/path"),  # a bucket's name has three characters
+        ("gs://-bucket/a", "expected gs://bucket/path"),
+        ("gs://bucket/a//b", "empty part"),
+        ("gs://bucket//a", "empty part"),
+        ("gs://bucket/a/../b", "empty part, or . or .."),
+        ("gs://bucket/./b", "empty part, or . or .."),
+        ("gs://bucket/a\nb", "printable text"),
+        (f"gs://bucket/{'x' * 1025}", "at most 1024 bytes"),
+        (f"gs://bucket/{'ü' * 513}", "at most 1024 bytes"),
+    ],
+)
+def test_parse_refuses(text, said):
+    with pytest.raises(InputError, match=said):
+        storage.folder(text, buckets=True)
+
+
+def test_other_schemes_are_refused():
+    with pytest.raises(InputError, match="s3://b/x: expected a local folder or gs://bucket/path"):
+        storage.folder("s3://b/x", buckets=True)
+
+
+@pytest.mark.parametrize("key", ["a", "a/b", "a/b.tfrecord", "a.d/b.tfrecord.gz", ".a", "a."])
+def test_arithmetic_is_that_of_pathlib(key):
+    path, oracle = GcsPath("bucket", key), PurePosixPath("/", key)
+    for mine, theirs in (
+        (path, oracle),
+        (path.parent, oracle.parent),
+        (path / "c", oracle / "c"),
+        (path.parent / "c/d", oracle.parent / "c/d"),
+    ):
+        assert f"/{mine.key}" == str(theirs)
+        assert (mine.name, mine.suffix) == (theirs.name, theirs.suffix)
+    assert (path / "c/d").relative_to(path) == "c/d"
+
+
+def test_bucket_is_its_own_parent():
+    bucket = gcs.parse("gs://bucket")
+    assert (bucket.parent, bucket.name, bucket / "a") == (bucket, "", GcsPath("bucket", "a"))
+
+
+def test_paths_are_values():
+    path = gcs.parse("gs://bucket/a")
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert len({path, GcsPath("bucket") / "a"}) == 1
+    with pytest.raises(AttributeError):
+        path.key = "b"
+
+
+# What is said
+
+
+def verify(*, before="", **env):
+    script = f"{before}\nfrom pipeline import dataset\ndataset.main()"
+    done = helpers.run_python("-c", script, "verify", "gs://bucket/x", env=env)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def test_client_is_missing():
+    code, said = verify(
+        before="import sys; sys.modules['google.cloud.storage'] = None",
+        STORAGE_EMULATOR_HOST="http://127.0.0.1:1",
+    )
+    assert code == 2
+    assert said.splitlines() == [
+        "python -m pipeline.dataset: error: gs:// folders need a package:"
+        " pip install google-cloud-storage"
+    ]
+
+
+def test_no_credentials(tmp_path):
+    code, said = verify(
+        STORAGE_EMULATOR_HOST=None,
+        GOOGLE_APPLICATION_CREDENTIALS=None,
+        NO_GCE_CHECK="true",
+        CLOUDSDK_CONFIG=tmp_path,
+    )
+    assert (code, said) == (
+        2,
+        "python -m pipeline.dataset: error: gs:// folders need Google credentials; try:"
+        " gcloud auth application-default login\n",
+    )
+
+
+def test_address_without_scheme():
+    code, said = verify(STORAGE_EMULATOR_HOST="localhost:4443")
+    assert (code, said) == (
+        2,
+        "python -m pipeline.dataset: error: STORAGE_EMULATOR_HOST localhost:4443:"
+        " expected http://host:port\n",
+    )
+
+
+def test_server_is_gone():
+    code, said = verify(
+        before="from pipeline import gcs_client; gcs_client.RETRY_SECONDS = 0.5",
+        STORAGE_EMULATOR_HOST="http://127.0.0.1:1",
+    )
+    assert (code, said) == (
+        2,
+        "python -m pipeline.dataset: error: gs://bucket/x: no answer from http://127.0.0.1:1"
+        " within 0.5 seconds\n",
+    )
+
+
+def test_client_is_loaded_only_for_buckets(small_dataset):
+    script = """
+import sys
+from pipeline import dataset, preprocess
+from trainer import task
+assert dataset.execute(("verify", [dataset.storage.folder(sys.argv[1])])) == 0
+print(sorted(name for name in sys.modules if name.startswith("google.cloud.")))
+"""
+    done = helpers.run_python("-c", script, small_dataset)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

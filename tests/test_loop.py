@@ -1,602 +1,497 @@
-import copy
+"""The loop on its own, with steps that only count; whole runs are in test_runs.py."""
+
 import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
+import threading
 
-import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.core.util.event_pb2 import Event
+from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
-from pipeline import storage
 from pipeline.command import InputError
-from pipeline.dataset import Shard, dataset_id, load_manifest
-from trainer import data, loop
-from trainer.checkpoints import Progress
+from trainer import data, loop, run_folder
+from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import PRESETS
 from trainer.gradients import Totals
-
-EPOCHS = 20
-STEPS = 63  # 500 examples in batches of 8
-SETTINGS = {
-    "hidden_units": "16,12",
-    "batch_size": 8,
-    "epochs": EPOCHS,
-    "replicas": 2,
-    "steps_per_call": 10,
-}
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1"}
-DEADLINE = 120  # seconds; for what takes a few
-FIELDS = [
-    "epoch",
-    "step",
-    "loss",
-    "accuracy",
-    "val_loss",
-    "val_accuracy",
-    "seconds",
-    "examples_per_second",
-]
-
-
-def flags(dataset, run_dir, **changed):
-    settings = {"dataset_dir": dataset, "run_dir": run_dir} | SETTINGS | changed
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def train(dataset, run_dir, **changed):
-    return helpers.run_cli("trainer.task", *flags(dataset, run_dir, **changed), env=ENVIRONMENT)
-
-
-def start(dataset, run_dir):
-    """The same in the background; what it says goes beside the run folder."""
-    with Path(f"{run_dir}.log").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "trainer.task", *flags(dataset, run_dir)],
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(helpers.ROOT)},
-            stdout=said,
-            stderr=said,
-        )
-
-
-def wait_until(condition, process, what):
-    """Polls until something is so, while the process lives."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} before {what}"
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.001)
-
-
-def lines_of(run_dir, *, timed=True):
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    drop = () if timed else ("seconds", "examples_per_second")
-    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
-
-
-def result_of(run_dir):
-    """What must not depend on how often a run was stopped."""
-    model = json.loads((run_dir / "export" / "model.json").read_text())
-    exported = (run_dir / "export" / "metrics.jsonl").read_text()
-    assert exported == (run_dir / "metrics.jsonl").read_text()
-    return model, lines_of(run_dir, timed=False)
-
-
-def assert_one_line(done, code, *parts):
-    assert done.returncode == code, done.stderr
-    assert done.stderr.count("python -m trainer.task: error: ") == 1
-    assert done.stderr.rstrip().splitlines()[-1].startswith("python -m trainer.task: error: ")
-    assert "Traceback" not in done.stderr
-    for part in parts:
-        assert part in done.stderr
-
-
-def events_of(run_dir):
-    """{(name, step): value} over all event files; a value written twice must be the same."""
-    found = {}
-    for path in sorted((run_dir / "tensorboard").iterdir()):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                assert value.metadata.plugin_data.plugin_name == "scalars"
-                scalar = float(tf.make_ndarray(value.tensor))
-                if value.tag != "examples_per_second":
-                    assert found.get((value.tag, event.step), scalar) == scalar
-                found[value.tag, event.step] = scalar
-    return found
-
-
-@pytest.fixture(scope="module")
-def finished(small_dataset, tmp_path_factory):
-    """A run that nothing disturbed. Read only."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    done = train(small_dataset, run_dir)
-    assert done.returncode == 0, done.stderr
-    return run_dir
-
-
-# A whole run
-
-
-def test_a_run_folder_holds_what_the_contract_says(finished):
-    names = [
-        "tensorboard/events" if name.startswith("tensorboard/events.out.tfevents.") else name
-        for name in helpers.tree(finished)
-    ]
-    assert sorted(names) == [
-        ".lock",
-        "checkpoints/checkpoint",
-        "checkpoints/ckpt-1197.data-00000-of-00001",
-        "checkpoints/ckpt-1197.index",
-        "checkpoints/ckpt-1260.data-00000-of-00001",
-        "checkpoints/ckpt-1260.index",
-        "config.json",
-        "export/fingerprint.pb",
-        "export/metrics.jsonl",
-        "export/model.json",
-        "export/saved_model.pb",
-        "export/variables/variables.data-00000-of-00001",
-        "export/variables/variables.index",
-        "metrics.jsonl",
-        "tensorboard/events",
-    ]
-
-
-def test_config_json_has_every_setting_resolved(finished, small_dataset):
-    assert json.loads((finished / "config.json").read_text()) == {
-        "preset": "core",
-        "hidden_units": [16, 12],
-        "learning_rate": 1e-3,
-        "beta_1": 0.9,
-        "beta_2": 0.999,
-        "epsilon": 1e-7,
-        "batch_size": 8,
-        "epochs": EPOCHS,
-        "seed": 22,
-        "replicas": 2,
-        "steps_per_call": 10,
-        "dataset_id": load_manifest(small_dataset).dataset_id,
-        "devices": ["CPU:0", "CPU:1"],
-    }
-
-
-def test_metrics_jsonl_is_consistent(finished):
-    lines = lines_of(finished)
-    assert [list(line) for line in lines] == [FIELDS] * EPOCHS
-    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
-    assert [line["step"] for line in lines] == [STEPS * e for e in range(1, EPOCHS + 1)]
-    for line in lines:
-        for name, size in (("accuracy", 500), ("val_accuracy", 100)):
-            assert line[name] == round(line[name] * size) / size  # a count over a size
-            assert 0 <= line[name] <= 1
-        assert line["seconds"] > 0
-        assert line["examples_per_second"] == pytest.approx(500 / line["seconds"], rel=0.01)
-    assert lines[0]["loss"] == pytest.approx(np.log(10), rel=0.5)  # begins by guessing
-    assert lines[-1]["loss"] < 0.1
-    assert lines[-1]["val_accuracy"] > 0.9
-
-
-def test_the_export_is_the_network_that_was_validated(finished, small_dataset):
-    manifest = load_manifest(small_dataset)
-    images, labels = data.load_split(small_dataset, manifest, "validation")
-    serve = tf.saved_model.load(str(finished / "export")).signatures["serving_default"]
-    pixels = np.round(images * 255).astype(np.uint8).reshape(-1, 28, 28, 1)
-    answer = serve(images=tf.constant(pixels))
-    line = lines_of(finished)[-1]
-    assert np.mean(answer["classes"].numpy() == labels) == line["val_accuracy"]
-    of_label = answer["probabilities"].numpy()[np.arange(len(labels)), labels]
-    assert np.mean(-np.log(of_label)) == pytest.approx(line["val_loss"], rel=1e-4)
-    model = json.loads((finished / "export" / "model.json").read_text())
-    assert model["dataset_id"] == manifest.dataset_id
-
-
-def test_tensorboard_shows_the_lines_of_the_metrics(finished):
-    (path,) = (finished / "tensorboard").iterdir()
-    records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
-    assert Event.FromString(records[0]).file_version == "brain.Event:2"
-    names = ("loss", "accuracy", "val_loss", "val_accuracy", "examples_per_second")
-    expected = {
-        (name, line["step"]): np.float32(line[name])
-        for line in lines_of(finished)
-        for name in names
-    }
-    assert events_of(finished) == expected
-    assert len(records) == 1 + len(expected)
-
-
-def test_again_is_already_trained_and_changes_nothing(finished, small_dataset):
-    before = helpers.tree(finished)
-    done = train(small_dataset, finished)
-    assert done.returncode == 0, done.stderr
-    assert "already trained" in done.stderr
-    assert helpers.tree(finished) == before
-
-
-def test_other_flags_on_the_same_folder_are_refused(finished, small_dataset):
-    before = helpers.tree(finished)
-    done = train(small_dataset, finished, seed=23)
-    assert_one_line(done, 2, f"{finished}: holds a run with seed 22, not 23; expected a new folder")
-    assert helpers.tree(finished) == before
-
-
-# Stopped, killed
-
-
-def test_sigterm_stops_after_saving_and_the_same_command_ends_the_same(
-    finished, small_dataset, tmp_path
-):
-    run_dir = tmp_path / "run"
-    process = start(small_dataset, run_dir)
-    wait_until(lambda: len(lines_of(run_dir)) >= 2, process, "the second line")
-    process.terminate()
-    assert process.wait(DEADLINE) == 143, Path(f"{run_dir}.log").read_text()
-    assert "the same command goes on from here" in Path(f"{run_dir}.log").read_text()
-    stopped_after = lines_of(run_dir)
-    assert 2 <= len(stopped_after) < EPOCHS
-    assert not (run_dir / "export").exists()
-
-    done = train(small_dataset, run_dir)
-    assert done.returncode == 0, done.stderr
-    assert result_of(run_dir) == result_of(finished)
-    assert lines_of(run_dir)[: len(stopped_after)] == stopped_after  # not trained once more
-    assert {k: v for k, v in events_of(run_dir).items() if k[0] != "examples_per_second"} == {
-        k: v for k, v in events_of(finished).items() if k[0] != "examples_per_second"
-    }
-
-
-def test_sigkill_in_the_middle_ends_the_same(finished, small_dataset, tmp_path):
-    run_dir = tmp_path / "run"
-    process = start(small_dataset, run_dir)
-    wait_until(lambda: len(lines_of(run_dir)) >= 2, process, "the second line")
-    process.kill()
-    assert process.wait(DEADLINE) == -signal.SIGKILL
-    assert len(lines_of(run_dir)) < EPOCHS
-
-    done = train(small_dataset, run_dir)
-    assert done.returncode == 0, done.stderr
-    assert "epoch 1/20" not in done.stderr  # it did go on, not begin again
-    assert result_of(run_dir) == result_of(finished)
-
-
-def test_two_processes_do_not_train_in_one_folder(small_dataset, tmp_path):
-    run_dir = tmp_path / "run"
-    with storage.locked(run_dir):
-        before = helpers.tree(run_dir)
-        assert_one_line(train(small_dataset, run_dir), 75, str(run_dir), "another process")
-        assert helpers.tree(run_dir) == before
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_moments_it_ends_the_same(finished, small_dataset, tmp_path, seed):
-    """Three times stopped or killed, from before the first step to after the export."""
-    run_dir = tmp_path / "run"
-    chance = random.Random(seed)
-    for _ in range(3):
-        process = start(small_dataset, run_dir)
-        log = Path(f"{run_dir}.log")
-        wait_until(
-            lambda p=process, log=log: p.poll() is not None or "500 examples" in log.read_text(),
-            process,
-            "the start",
-        )
-        try:
-            process.wait(chance.uniform(0, 5))
-        except subprocess.TimeoutExpired:
-            process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
-        assert process.wait(DEADLINE) in (0, 143, -signal.SIGTERM, -signal.SIGKILL)
-    done = train(small_dataset, run_dir)
-    assert done.returncode == 0, done.stderr
-    assert result_of(run_dir) == result_of(finished)
-
-
-# Input that is wrong
-
-
-def test_a_run_that_diverges_names_the_loss(small_dataset, tmp_path):
-    """Even in its very last step, whose own loss is still that of good weights."""
-    done = train(small_dataset, tmp_path / "run", learning_rate=1e30, epochs=1, batch_size=500)
-    assert_one_line(
-        done, 2, "the loss is nan on the validation split after epoch 1", "--learning_rate"
-    )
-    assert not (tmp_path / "run" / "export").exists()
-    assert lines_of(tmp_path / "run") == []
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_damaged_dataset_is_refused_and_nothing_is_left(small_dataset, tmp_path):
-    dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
-    flip_a_bit(dataset / "validation-00002-of-00003.tfrecord")
-    done = train(dataset, tmp_path / "run")
-    assert_one_line(done, 2, "validation-00002-of-00003.tfrecord", "checksum differs")
-    assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [(Path.unlink, "missing"), (lambda path: path.write_bytes(b"x"), "has 1 bytes")],
-)
-def test_a_missing_or_cut_file_is_told_before_any_device_is_used(
-    small_dataset, tmp_path, split, damage, message
-):
-    dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
-    damage(dataset / f"{split}-00001-of-00003.tfrecord")
-    with pytest.raises(InputError, match=f"{split}-00001-of-00003.tfrecord: {message}"):
-        loop.execute(PRESETS["core"], dataset, tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
-
-
-def test_a_dataset_without_train_examples_is_refused(small_dataset, tmp_path):
-    dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    manifest["splits"]["train"] = {"num_examples": 0, "label_counts": [0] * 10, "shards": []}
-    left = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
-    manifest["dataset_id"] = dataset_id(left, manifest["class_names"])
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="its train split has no examples"):
-        loop.execute(PRESETS["core"], dataset, tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
-
-
-# The config of a run folder
-
-
-def mirrored(*devices):
-    """As much of a strategy as a config needs."""
-    names = [f"/job:localhost/replica:0/task:0/device:{device}" for device in devices]
-    return SimpleNamespace(extended=SimpleNamespace(worker_devices=names))
-
-
-def test_open_run_takes_the_same_run_again(small_dataset, tmp_path):
-    manifest = load_manifest(small_dataset)
-    loop.open_run(tmp_path, PRESETS["core"], mirrored("GPU:0"), manifest)
-    before = helpers.tree(tmp_path)
-    loop.open_run(tmp_path, PRESETS["core"], mirrored("GPU:0"), manifest)
-    assert helpers.tree(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"epochs": 11}, "epochs 10, not 11"),
-        ({"learning_rate": 2e-3}, "learning_rate 0.001, not 0.002"),
-        ({"hidden_units": (700,)}, r"hidden_units \[700, 500\], not \[700\]"),
-        ({"steps_per_call": 50}, "steps_per_call 100, not 50"),
-        ({"devices": ["CPU:0"]}, r"devices \['GPU:0'\], not \['CPU:0'\]"),
-        ({"dataset_id": "another"}, "dataset_id [0-9a-f]{32}, not another"),
-    ],
-)
-def test_open_run_refuses_another_run(small_dataset, tmp_path, changed, message):
-    manifest = load_manifest(small_dataset)
-    loop.open_run(tmp_path, PRESETS["core"], mirrored("GPU:0"), manifest)
-    changed = dict(changed)
-    devices = changed.pop("devices", ["GPU:0"])
-    other = dataclasses.replace(manifest, dataset_id=changed.pop("dataset_id", manifest.dataset_id))
-    config = dataclasses.replace(PRESETS["core"], **changed)
-    with pytest.raises(InputError, match=f"holds a run with {message}; expected a new folder"):
-        loop.open_run(tmp_path, config, mirrored(*devices), other)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7"])
-def test_open_run_refuses_what_is_no_config(small_dataset, tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match="not the config of a run"):
-        loop.open_run(tmp_path, PRESETS["core"], mirrored("GPU:0"), load_manifest(small_dataset))
-
-
-# The loop on its own, with steps that only count
+from trainer.run import Run
+from trainer.workers import Workers
+
+EPOCHS, STEPS, ROWS, VALIDATION = 3, 5, 17, 7  # 5 steps: four of 4 rows and one of 1
+CONFIG = dataclasses.replace(PRESETS["core"], batch_size=4, epochs=EPOCHS, steps_per_call=2)
+NEVER = 1e9  # seconds
 
 
 class KilledError(Exception):
     pass
 
 
-class CountingCheckpoints:
-    """Keeps copies in a list; dies before the saves it is told."""
+class Process:
+    """One process of a run whose weights are a number that every step folds its rows into.
 
-    def __init__(self, dies_before=()):
-        self.saved, self.dies_before = [], set(dies_before)
+    Its moments are the calls, the saves and the lines; at one of them it is killed, or asked to
+    stop.
+    """
 
-    def restore(self):
-        return copy.copy(self.saved[-1][1]) if self.saved else Progress()
-
-    def save(self, progress, step):
-        if step in self.dies_before:
-            self.dies_before.remove(step)
-            raise KilledError
-        self.saved.append((step, copy.copy(progress)))
-
-
-class CountingRun:
-    """A run of 3 epochs of 5 steps, 2 in a call: its loss is the sum of the rows it is given."""
-
-    def __init__(self, folder, *, dies_before=(), validates=True, **losses):
-        self.calls, self.rows, self.events, self.stop = [], [], [], False
-        self.losses = losses  # what comes out instead
-        self.checkpoints = CountingCheckpoints(dies_before)
+    def __init__(
+        self, folder, *, killed_at=None, stopped_at=None, seconds=NEVER, workers=None, **changed
+    ):
+        self.state, self.step, self.moments = 1, 0, 0
+        self.calls, self.rows, self.saved = [], [], []
+        self.killed_at, self.stopped_at = killed_at, stopped_at
+        self.received = False
+        self.losses = changed.pop("losses", {})  # by step, what comes out instead
+        self.validation = changed.pop("validation", lambda epoch: (0.5, 3))
+        validates, profile = changed.pop("validates", True), changed.pop("profile", None)
+        workers = workers or Workers()
         self.metrics = folder / "metrics.jsonl"
-        self.validates = validates
-        self.stop_after = None
-
-    def train(self, indices, mask):
-        self.calls.append(len(indices))
-        self.stop = len(self.calls) == self.stop_after
-        rows = indices[mask == 1]
-        self.rows.extend(rows)
-        return Totals(self.losses.get("train", np.float64(rows.sum())), len(rows))
-
-    def evaluate(self, indices, mask):
-        return Totals(self.losses.get("validation", np.float64(indices[mask == 1].sum())), 3)
-
-    def write(self, line):
-        self.events.append(line)
-
-    def run(self, stop_after=None):
-        """Goes on from the last checkpoint; what `loop.train` returns."""
-        self.stop, self.stop_after = False, stop_after and len(self.calls) + stop_after
-        return loop.train(
-            loop.Run(
-                config=dataclasses.replace(
-                    PRESETS["core"], batch_size=4, epochs=3, steps_per_call=2
-                ),
-                train=self.train,
-                evaluate=self.evaluate if self.validates else None,
-                evaluation_batch=3,
-                train_size=17,
-                validation_size=7,
-                checkpoints=self.checkpoints,
-                events=self,
-                metrics=self.metrics,
-                stop=lambda: self.stop,
-            )
+        self.events = []
+        self.run = Run(
+            config=dataclasses.replace(CONFIG, **changed),
+            train=self.train,
+            evaluate=self.evaluate if validates else None,
+            evaluated=lambda: [np.float32([self.state % 1000]), np.float32([0])],
+            evaluation_batch=3,
+            order=lambda epoch: data.epoch_order(22, epoch, ROWS),
+            train_size=ROWS,
+            validation_size=VALIDATION,
+            checkpoints=self,
+            metrics=self.metrics,
+            events=self if workers.is_chief else None,
+            stop=self,
+            workers=workers,
+            profile=profile,
+        )
+        self.files = Checkpoints(
+            folder / "checkpoints", self, run="run", seconds=seconds, writes=workers.is_chief
         )
 
-    def lines(self):
-        return lines_of(self.metrics.parent, timed=False)
+    def moment(self):
+        if self.moments == self.killed_at:
+            raise KilledError
+        if self.moments == self.stopped_at:
+            self.received = True
+        self.moments += 1
+
+    # What is trained
+
+    def values(self):
+        return [np.array(self.state, np.int64), np.array(self.step, np.int64)]
+
+    def assign(self, values):
+        self.state, self.step = map(int, values)
+
+    def train(self, indices, mask, epoch):
+        self.moment()
+        self.calls.append(len(indices))
+        loss = 0.0
+        for row, used in zip(indices, mask, strict=True):
+            rows = row[used == 1]
+            self.rows.extend(rows)
+            self.state = (self.state * 1_000_003 + int(rows.sum()) + 7 * int(epoch)) % 2**61
+            self.step += 1
+            loss += self.losses.get(self.step, float(rows.sum()))
+        return Totals(np.float64(loss), int(mask.sum()))
+
+    def evaluate(self, indices, mask, epoch):
+        self.moment()
+        loss, correct = self.validation(int(epoch))
+        return Totals(loss * mask.sum(), correct if indices[0, 0] == 0 else 0)
+
+    # What the run writes
+
+    def due(self):
+        return self.files.due()
+
+    def save(self, progress, step):
+        self.moment()
+        self.files.save(progress, step)
+        self.saved.append(step)
+
+    def restore(self):
+        return self.files.restore()
+
+    def rewind(self):
+        return self.files.rewind()
+
+    def digest(self):
+        return self.files.digest()
+
+    def write(self, line, weights):
+        self.moment()
+        self.events.append((line, weights))
+
+    @staticmethod
+    def wants_histograms(epoch, epochs):
+        return epoch % 2 == 0
+
+    def go(self):
+        """What `loop.train` returns."""
+        return loop.train(self.run)
+
+
+class Stop:
+    """`Process` as a stop signal: two of its names mean something else there."""
+
+    def __init__(self, process):
+        self.process, self.unsaved = process, False
+
+    @property
+    def received(self):
+        return self.process.received
+
+    def saved(self):
+        self.unsaved = False
+
+
+@pytest.fixture(autouse=True)
+def short_validation_calls(monkeypatch):
+    monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 1)
+
+
+def process(folder, **options):
+    made = Process(folder, **options)
+    made.run.stop = Stop(made)
+    return made
+
+
+def lines(folder):
+    """The lines of the metrics, without what is never twice the same."""
+    found = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        assert line.pop("seconds") >= 0  # rounded
+        assert line.pop("examples_per_second") > 0
+    return found
+
+
+def assert_at_the_end(progress, folder):
+    written = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert progress == Progress(epoch=EPOCHS, lines=tuple(written))
 
 
 @pytest.fixture
 def whole(tmp_path_factory):
-    run = CountingRun(tmp_path_factory.mktemp("whole"))
-    assert run.run()
-    return run
+    """A run that nothing disturbed, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    found = process(folder)
+    assert_at_the_end(found.go(), folder)
+    return found, folder
 
 
 def test_every_row_of_every_epoch_is_seen_once_in_its_order(whole):
-    assert whole.calls == [2, 2, 1] * 3
-    orders = [data.epoch_order(22, epoch, 17) for epoch in range(3)]
-    assert whole.rows == np.concatenate(orders).tolist()
-    assert [line["loss"] for line in whole.lines()] == [sum(range(17)) / 17] * 3
-    assert [line["accuracy"] for line in whole.lines()] == [1] * 3
-    assert [line["val_loss"] for line in whole.lines()] == [sum(range(7)) / 7] * 3
-    assert [line["val_accuracy"] for line in whole.lines()] == [3 / 7] * 3
-    assert [line["step"] for line in whole.lines()] == [5, 10, 15]
-    assert whole.checkpoints.saved == [(5 * e, Progress(epoch=e)) for e in (1, 2, 3)]
-    assert [line["epoch"] for line in whole.events] == [1, 2, 3]
+    found, folder = whole
+    assert found.calls == [2, 2, 1] * EPOCHS
+    orders = [data.epoch_order(22, epoch, ROWS) for epoch in range(EPOCHS)]
+    assert found.rows == np.concatenate(orders).tolist()
+    assert lines(folder) == [
+        {
+            "epoch": epoch,
+            "step": STEPS * epoch,
+            "loss": sum(range(ROWS)) / ROWS,
+            "accuracy": 1.0,
+            "val_loss": pytest.approx(0.5),
+            "val_accuracy": 3 / 7,
+        }
+        for epoch in (1, 2, 3)
+    ]
+    assert found.saved == [15]  # never due before
+    assert not found.run.stop.unsaved
+    assert [line["epoch"] for line, _ in found.events] == [1, 2, 3]
+    assert [weights is not None for _, weights in found.events] == [False, True, False]
 
 
-@pytest.mark.parametrize("calls", range(1, 9))
-def test_stopped_after_any_call_it_goes_on_from_there(whole, tmp_path, calls):
-    run = CountingRun(tmp_path)
-    assert not run.run(stop_after=calls)
-    assert sum(run.calls) == run.checkpoints.saved[-1][0]  # no step is taken twice
-    assert len(run.lines()) == calls // 3
-    assert run.run()
-    assert run.calls == whole.calls
-    assert run.rows == whole.rows
-    assert run.lines() == whole.lines()
-    steps = [step for step, _ in run.checkpoints.saved]
-    assert steps == sorted(set(steps))  # no checkpoint takes the place of another
+MOMENTS = EPOCHS * (3 + 3 + 1) + 1  # calls, validation calls, lines; and one checkpoint
 
 
-def test_stopped_after_the_last_call_it_is_done(whole, tmp_path):
-    run = CountingRun(tmp_path)
-    assert run.run(stop_after=9)
-    assert run.lines() == whole.lines()
+@pytest.mark.parametrize("seconds", [0, NEVER])
+@pytest.mark.parametrize("how", ["killed_at", "stopped_at"])
+def test_disturbed_at_any_moment_it_ends_the_same(whole, tmp_path, how, seconds):
+    moments = MOMENTS if seconds else MOMENTS + EPOCHS * 6 - 1  # and a checkpoint between any two
+    for moment in range(moments):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        first = process(folder, seconds=seconds, **{how: moment})
+        if how == "killed_at":
+            with pytest.raises(KilledError):
+                first.go()
+        else:
+            # What is asked for in the last save is for the export to see.
+            assert (first.go() is None) == (moment < moments - 1)
+            assert first.run.stop.unsaved is False
+        last = process(folder, seconds=seconds)
+        assert_at_the_end(last.go(), folder)
+        assert last.state == whole[0].state
+        assert lines(folder) == lines(whole[1])
+        if how == "stopped_at":  # no step is taken twice
+            assert first.rows + last.rows == whole[0].rows
+            assert first.calls + last.calls == whole[0].calls
+    undisturbed = process(tmp_path, seconds=seconds)
+    assert undisturbed.go()
+    assert undisturbed.moments == moments  # none was left out
 
 
-def test_stopped_again_and_again_it_gets_to_the_end(whole, tmp_path):
-    run = CountingRun(tmp_path)
-    attempts = 1
-    while not run.run(stop_after=1):
+def test_stopped_again_and_again_it_gets_to_the_end(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 100)
+    attempts, calls, state = 0, [], None
+    while state is None:
+        now = process(tmp_path, stopped_at=0)
+        if now.go() is not None:
+            state = now.state
+        calls += now.calls
         attempts += 1
-    assert attempts == 9
-    assert run.calls == whole.calls
-    assert run.lines() == whole.lines()
+        assert attempts < 100
+    assert (calls, state) == (whole[0].calls, whole[0].state)
+    assert lines(tmp_path) == lines(whole[1])
 
 
-@pytest.mark.parametrize("step", [5, 10, 15])
-def test_killed_between_the_line_and_the_checkpoint_the_line_is_written_again(
-    whole, tmp_path, step
-):
-    run = CountingRun(tmp_path, dies_before=[step])
+@pytest.mark.parametrize("seconds", [0, NEVER])
+def test_a_torn_line_is_written_again(whole, tmp_path, seconds):
     with pytest.raises(KilledError):
-        run.run()
-    assert len(run.lines()) == step // 5
-    assert len(run.checkpoints.saved) == step // 5 - 1
-    assert run.run()
-    assert run.lines() == whole.lines()
+        process(tmp_path, killed_at=20, seconds=seconds).go()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert_at_the_end(process(tmp_path).go(), tmp_path)
+    assert lines(tmp_path) == lines(whole[1])
 
 
-def test_a_torn_line_is_dropped(whole, tmp_path):
-    run = CountingRun(tmp_path, dies_before=[10])
-    with pytest.raises(KilledError):
-        run.run()
-    text = run.metrics.read_text()
-    run.metrics.write_text(text[: -len(text) // 4])
-    assert run.run()
-    assert run.lines() == whole.lines()
+@pytest.mark.parametrize("stopped_at", [11, None])
+def test_lost_lines_are_those_of_the_checkpoint_again(whole, tmp_path, stopped_at):
+    """As where checkpoints are kept and the run folder is not; the run may be at its end."""
+    first = process(tmp_path, stopped_at=stopped_at)
+    assert (first.go() is None) == (stopped_at is not None)
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    assert before.count("\n") == (EPOCHS if stopped_at is None else 1)
+    path.unlink()
+    assert_at_the_end(process(tmp_path).go(), tmp_path)
+    assert path.read_text().startswith(before)
+    assert lines(tmp_path) == lines(whole[1])
+
+
+def test_more_epochs_go_on_from_the_last(whole, tmp_path):
+    assert process(tmp_path, epochs=1).go()
+    again = process(tmp_path)
+    assert again.go()
+    assert again.calls == [2, 2, 1] * 2
+    assert again.state == whole[0].state
+    assert lines(tmp_path) == lines(whole[1])
 
 
 def test_without_validation_its_numbers_are_null(tmp_path):
-    run = CountingRun(tmp_path, validates=False)
-    assert run.run()
-    for line in run.lines():
+    assert process(tmp_path, validates=False).go()
+    for line in lines(tmp_path):
         assert line["val_loss"] is line["val_accuracy"] is None
-    loop.describe_epoch(lines_of(tmp_path)[0], 3)
+
+
+# A loss that is no number
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 15])
+@pytest.mark.parametrize("seconds", [0, NEVER])
+def test_a_bad_loss_names_its_step(tmp_path, step, loss, seconds):
+    found = process(tmp_path, losses={step: loss}, seconds=seconds)
+    epoch = -(-step // STEPS)
+    with pytest.raises(InputError, match=f"the loss is {loss} at step {step}, in epoch {epoch};"):
+        found.go()
+    assert len(lines(tmp_path)) == epoch - 1
+    assert all(saved < step for saved in found.saved)
+
+
+def test_a_bad_loss_that_does_not_come_again_names_the_call(tmp_path):
+    found = process(tmp_path, losses={7: np.nan})
+    rewind = found.rewind
+
+    def rewind_to_a_good_run():
+        found.losses = {}
+        return rewind()
+
+    found.rewind = rewind_to_a_good_run
+    with pytest.raises(InputError, match="the loss is nan in the 2 steps from step 6;"):
+        found.go()
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [("train", "in epoch 1, steps 0 to 2;"), ("validation", "on the validation split after epoch")],
-)
-def test_a_loss_that_is_no_number_is_neither_saved_nor_written(tmp_path, kind, where, loss):
-    run = CountingRun(tmp_path, **{kind: loss})
+def test_a_bad_validation_names_the_epoch(tmp_path, loss):
+    found = process(tmp_path, validation=lambda epoch: (loss if epoch == 1 else 1.0, 4))
+    where = "on the validation split after step 10, epoch 2;"
     with pytest.raises(InputError, match=f"the loss is {loss} {where}"):
-        run.run()
-    assert run.lines() == run.events == run.checkpoints.saved == []
+        found.go()
+    assert len(lines(tmp_path)) == len(found.events) == 1
+    assert found.saved == []
 
 
-def test_an_epoch_as_a_person_reads_it():
-    line = dict.fromkeys(FIELDS) | {
-        "epoch": 3,
-        "loss": 0.12345,
-        "accuracy": 0.98765,
-        "seconds": 1.25,
-        "examples_per_second": 48000.4,
+def test_bad_weights_are_told_before_a_line_is_written(tmp_path):
+    found = process(tmp_path, validates=False)
+    found.run.evaluated = lambda: [np.float32([np.nan])]
+    with pytest.raises(InputError, match="the weights are not finite after step 10;"):
+        found.go()
+    assert len(lines(tmp_path)) == len(found.events) == 1
+
+
+# Early stopping
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "epochs", "best"),
+    [
+        # loss and right answers, of 7, of each epoch's validation
+        (1, [(1, 5), (1, 5), (0, 7)], 2, 1),
+        (2, [(1, 5), (1, 5), (1, 6), (1, 5), (2, 5), (1, 7)], 5, 3),
+        (2, [(1, 5), (0.5, 5), (0.25, 4), (1, 5), (0, 7)], 4, 2),  # equal, with a lower loss
+        (1, [(1, 5), (2, 6), (3, 7)], 3, 3),  # accuracy decides
+        (9, [(1, 5), (1, 4), (1, 3)], 3, 1),  # the end comes first
+        (1, [(1, 0), (1, 0)], 2, 1),
+    ],
+)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_it_stops_early_and_keeps_the_best(tmp_path, patience, scores, epochs, best, stopped):
+    settings = {
+        "validation": lambda epoch: scores[epoch],
+        "patience": patience,
+        "epochs": len(scores),
     }
-    assert (
-        loop.describe_epoch(line, 10)
-        == "epoch 3/10: loss 0.1235, accuracy 0.9877 (1.2 s, 48,000 examples/s)"
-    )
-    line |= {"val_loss": 0.2, "val_accuracy": 0.95}
-    assert (
-        loop.describe_epoch(line, 10) == "epoch 3/10: loss 0.1235, accuracy 0.9877,"
-        " validation loss 0.2000, accuracy 0.9500 (1.2 s, 48,000 examples/s)"
-    )
+    after = {}  # the weights after each epoch
+    (tmp_path / "states").mkdir()
+    states = process(tmp_path / "states", **settings | {"patience": 0, "validates": False})
+    states.wants_histograms = lambda epoch, epochs: after.update({epoch: states.state}) or False
+    assert states.go()
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    progress = None
+    for moment in range(200):
+        now = process(folder, **settings, **({"stopped_at": moment % 5} if stopped else {}))
+        progress = now.go()
+        if progress is not None:
+            break
+    assert progress.epoch == len(lines(folder)) == epochs
+    assert progress.best_epoch == best
+    loss, correct = scores[best - 1]
+    assert (progress.best_loss, progress.best_accuracy) == (loss, correct / VALIDATION)
+    assert [w.tolist() for w in progress.best_weights] == [[after[best] % 1000], [0]]
+    assert process(folder, **settings).go().best_epoch == best  # again: nothing left to train
 
 
-def test_a_second_sigterm_kills_unless_it_comes_at_once(monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        stop = loop.StopSignal()
-        assert not stop.received
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # at once: the same one, handed on by a parent
-        assert stop.received
-        stop._since -= loop.SECOND_SIGNAL_SECONDS
-        killed = []
-        monkeypatch.setattr(signal, "raise_signal", killed.append)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert killed == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before)
+# Several workers
+
+
+class Together:
+    """Two workers that ask each other."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.said = [None, None]
+
+    def workers(self, index):
+        def exchange(mine):
+            self.said[index] = mine
+            self.barrier.wait()
+            found = list(self.said)
+            self.barrier.wait()
+            return found
+
+        return Workers(
+            alone=False,
+            is_chief=index == 0,
+            agree=lambda mine: any(exchange(mine)),
+            exchange=exchange,
+            part=self.barrier.wait,
+        )
+
+    def go(self, folder, options):
+        made = [process(folder, workers=self.workers(i), **options[i]) for i in range(2)]
+        results = [None, None]
+
+        def work(i):
+            results[i] = made[i].go()
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return made, results
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("moment", [0, 2, 4, 6, 9, 17])
+def test_a_stop_of_one_worker_stops_all_at_the_same_step(whole, tmp_path, asked, moment):
+    options = [{}, {}]
+    options[asked] = {"stopped_at": moment}
+    made, results = Together().go(tmp_path, options)
+    assert results == [None, None]
+    assert made[0].state == made[1].state
+    assert made[0].saved == made[1].saved
+    assert len(made[0].saved) == 1
+    made, results = Together().go(tmp_path, [{}, {}])
+    assert [progress.epoch for progress in results] == [EPOCHS] * 2
+    assert made[0].state == made[1].state == whole[0].state
+    assert lines(tmp_path) == lines(whole[1])
+
+
+def test_workers_that_stand_at_different_steps_are_refused(whole, tmp_path):
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder in (first, other):
+        folder.mkdir()
+    assert process(first, stopped_at=4).go() is None
+    together = Together()
+    made = [process(f, workers=together.workers(i)) for i, f in enumerate((first, other))]
+    for_all = [None, None]
+
+    def work(i):
+        with pytest.raises(InputError) as refused:
+            made[i].go()
+        for_all[i] = str(refused.value)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert for_all[0] == for_all[1]
+    assert for_all[0].startswith("worker 1 has checkpoint ")
+    assert [one.calls for one in made] == [[], []]
+
+
+def test_the_chief_alone_writes_and_all_save_together(whole, tmp_path):
+    made, _ = Together().go(tmp_path, [{"seconds": NEVER}, {"seconds": 0}])
+    assert made[0].saved == made[1].saved
+    assert len(made[0].saved) > EPOCHS * 3
+    assert len(made[0].events) == EPOCHS
+    assert made[1].events == []
+    assert lines(tmp_path) == lines(whole[1])
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+# A profile
+
+
+def test_a_profile_traces_calls_after_the_first(tmp_path):
+    found = process(tmp_path, profile=tmp_path / "tensorboard")
+    train = found.run.train
+
+    def traced(*args):
+        with tf.profiler.experimental.Trace(f"call {len(found.calls)}"):
+            return train(*args)
+
+    found.run.train = traced
+    assert found.go()
+    (path,) = tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb")
+    space = XSpace.FromString(path.read_bytes())
+    names = {meta.name for plane in space.planes for meta in plane.event_metadata.values()}
+    assert {name for name in names if name.startswith("call ")} == {"call 1", "call 2", "call 3"}
+
+
+def test_a_run_too_short_to_profile_says_so(tmp_path, caplog):
+    found = process(tmp_path, profile=tmp_path / "tensorboard", epochs=1, steps_per_call=5)
+    assert found.go()
+    assert [m for m in caplog.messages if "too few calls" in m]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_lines_are_dropped_where_there_is_no_checkpoint(tmp_path):
+    run_folder.append_line(tmp_path / "metrics.jsonl", {"epoch": 1})
+    with pytest.raises(KilledError):
+        process(tmp_path, killed_at=0).go()
+    assert lines(tmp_path) == []

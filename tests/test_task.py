@@ -1,28 +1,60 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import helpers
 import pytest
 
 from pipeline import __version__
-from pipeline.command import InputError
-from trainer import task
-from trainer.config import PRESETS, TrainConfig, check
+from trainer import run_folder, task
+from trainer.config import PRESETS, TrainConfig
 
 FOLDERS = ["--dataset_dir", "data", "--run_dir", "run"]
 TUTORIAL = {
     "preset": "core",
     "hidden_units": (700, 500),
+    "activation": "relu",
+    "initializer": "xavier",
+    "dropout": 0.0,
+    "loss": "softmax",
+    "labels": "integer",
+    "label_smoothing": 0.0,
+    "optimizer": "adam",
     "learning_rate": 1e-3,
+    "momentum": 0.0,
+    "rho": 0.9,
     "beta_1": 0.9,
     "beta_2": 0.999,
     "epsilon": 1e-7,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "warmup_epochs": 0.0,
+    "decay_epochs": 10.0,
+    "decay_factor": 0.1,
+    "ema_decay": 0.0,
+    "clip_norm": 0.0,
+    "gradients": "tape",
+    "rotate": 0.0,
+    "scale": 0.0,
+    "shear": 0.0,
+    "shift": 0.0,
+    "elastic_alpha": 0.0,
+    "elastic_sigma": 0.0,
+    "train_on": "train",
+    "patience": 0,
+    "calm_epochs": 0,
     "batch_size": 128,
     "epochs": 10,
     "seed": 22,
     "replicas": None,
+    "reproducible": False,
+    "input": "auto",
+    "tf32": False,
     "steps_per_call": 100,
 }
+
+
+SMOOTH = {"label_smoothing": 0.1, "ema_decay": 0.99}
 
 
 def run(*flags, **options):
@@ -45,7 +77,9 @@ def assert_one_line(done, *parts):
 def test_defaults_are_the_tutorials():
     config = task.parse(FOLDERS)
     assert dataclasses.asdict(config.train) == TUTORIAL
-    assert (str(config.dataset_dir), str(config.run_dir)) == ("data", "run")
+    assert str(config.dataset_dir) == "data"
+    assert config.places == run_folder.places(Path("run"), {}, {})
+    assert (config.checkpoint_seconds, config.profile) == (10, False)
     assert not config.dry_run
     assert task.parse([*FOLDERS, "--preset", "core"]) == config
 
@@ -63,63 +97,72 @@ def test_defaults_are_the_tutorials():
         (["--epochs", "1"], {"epochs": 1}),
         (["--seed", "0"], {"seed": 0}),
         (["--steps_per_call", "7"], {"steps_per_call": 7}),
+        (["--activation", "tanh", "--initializer=he"], {"activation": "tanh", "initializer": "he"}),
+        (["--dropout", "0.5", "--clip_norm", "1"], {"dropout": 0.5, "clip_norm": 1.0}),
+        (["--loss", "sigmoid", "--labels", "one_hot"], {"loss": "sigmoid", "labels": "one_hot"}),
+        (["--label_smoothing", ".1", "--ema_decay", ".99"], SMOOTH),
+        (["--optimizer", "sgd", "--momentum", "0.9"], {"optimizer": "sgd", "momentum": 0.9}),
+        (["--optimizer=rmsprop", "--rho=0.5"], {"optimizer": "rmsprop", "rho": 0.5}),
+        (
+            ["--optimizer", "adamw", "--weight_decay", "0.1"],
+            {"optimizer": "adamw", "weight_decay": 0.1},
+        ),
+        (
+            ["--schedule=step", "--decay_epochs=2.5", "--decay_factor=0.5", "--warmup_epochs=1"],
+            {"schedule": "step", "decay_epochs": 2.5, "decay_factor": 0.5, "warmup_epochs": 1.0},
+        ),
+        (["--gradients", "manual"], {"gradients": "manual"}),
+        (
+            ["--rotate=15", "--scale=0.1", "--shear=0.2", "--shift=2"],
+            {"rotate": 15.0, "scale": 0.1, "shear": 0.2, "shift": 2.0},
+        ),
+        (
+            ["--elastic_alpha", "8", "--elastic_sigma", "4"],
+            {"elastic_alpha": 8.0, "elastic_sigma": 4.0},
+        ),
+        (["--train_on", "train+validation"], {"train_on": "train+validation"}),
+        (["--patience", "3"], {"patience": 3}),
+        (["--reproducible"], {"reproducible": True}),
+        (["--tf32", "--input", "stream"], {"tf32": True, "input": "stream"}),
     ],
 )
 def test_a_flag_replaces_the_presets_value_and_no_other(flags, changed):
     assert dataclasses.asdict(task.parse([*FOLDERS, *flags]).train) == TUTORIAL | changed
 
 
+def test_where_and_how_a_run_writes(monkeypatch):
+    monkeypatch.setenv("AIP_CHECKPOINT_DIR", "c")
+    monkeypatch.setenv("AIP_MODEL_DIR", "other")
+    flags = ["--model_dir=m", "--checkpoint_seconds=2.5", "--profile"]
+    config = task.parse([*FOLDERS, *flags])
+    given = {"model_dir": "m", "checkpoint_dir": "c"}
+    assert config.places == run_folder.places(Path("run"), given, {})
+    assert (config.checkpoint_seconds, config.profile) == (2.5, True)
+    assert dataclasses.asdict(config.train) == TUTORIAL
+
+
 def test_every_setting_has_a_flag():
-    text = run("--help").stdout
+    text = " ".join(run("--help").stdout.split())
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in text
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"epochs": 0}, "--epochs 0: expected at least 1"),
-        ({"batch_size": -1}, "--batch_size -1: expected at least 1"),
-        ({"steps_per_call": 0}, "--steps_per_call 0: expected at least 1"),
-        ({"hidden_units": ()}, "--hidden_units : expected widths of at least 1"),
-        ({"hidden_units": (5, 0)}, "--hidden_units 5,0: expected widths of at least 1"),
-        ({"learning_rate": 0.0}, "--learning_rate 0.0: expected a number above 0"),
-        ({"learning_rate": -1.0}, "--learning_rate -1.0: expected a number above 0"),
-        ({"learning_rate": float("nan")}, "--learning_rate nan: expected a number above 0"),
-        ({"learning_rate": float("inf")}, "--learning_rate inf: expected a number above 0"),
-        ({"beta_1": 1.0}, "--beta_1 1.0: expected at least 0 and below 1"),
-        ({"beta_2": -0.1}, "--beta_2 -0.1: expected at least 0 and below 1"),
-        ({"beta_2": float("nan")}, "--beta_2 nan: expected at least 0 and below 1"),
-        ({"epsilon": 0.0}, "--epsilon 0.0: expected a number above 0"),
-        ({"epsilon": float("nan")}, "--epsilon nan: expected a number above 0"),
-        ({"seed": -1}, "--seed -1: expected 0 to 2147483647"),
-        ({"seed": 2**31}, "--seed 2147483648: expected 0 to 2147483647"),
-        ({"replicas": 0}, "--replicas 0: expected at least 1"),
-        ({"replicas": 3}, "--batch_size 128: expected a multiple of the 3 replicas"),
-    ],
-)
-def test_a_value_without_sense_is_named(changed, message):
-    with pytest.raises(InputError) as error:
-        check(dataclasses.replace(PRESETS["core"], **changed))
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"epochs": 1, "batch_size": 1, "steps_per_call": 1, "hidden_units": (1,)},
-        {"seed": 2**31 - 1, "beta_1": 0.0, "beta_2": 0.0, "epsilon": 1e-30},
-        {"replicas": 128, "learning_rate": 1e-30},
-    ],
-)
-def test_values_at_the_edge_make_sense(changed):
-    config = dataclasses.replace(PRESETS["core"], **changed)
-    assert check(config) is config
+        assert f"--{field.name} " in text
+        if field.name != "preset":
+            assert field.metadata["about"] in text
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_make_sense_and_know_their_names(name):
-    assert check(PRESETS[name]).preset == name
+def test_a_preset_is_taken_as_it_is_and_overridden(name):
+    folders = [] if name == "xor" else FOLDERS
+    config = task.parse(["--preset", name, *folders])
+    assert config.train == PRESETS[name]
+    config = task.parse([*folders, "--epochs", "3", "--preset", name, "--dropout", "0.25"])
+    calm = min(PRESETS[name].calm_epochs, 3)
+    changed = {"epochs": 3, "dropout": 0.25, "calm_epochs": calm}
+    assert config.train == dataclasses.replace(PRESETS[name], **changed)
+
+
+def test_only_xor_has_no_folders():
+    config = task.parse(["--preset", "xor"])
+    assert (config.dataset_dir, config.places) == (None, None)
 
 
 # The command
@@ -135,6 +178,29 @@ def test_presets_make_sense_and_know_their_names(name):
         ([*FOLDERS, "--learning_rate=-1"], ["--learning_rate -1"]),
         ([*FOLDERS, "--hidden_units", "x"], ["--hidden_units", "'x'", "700,500"]),
         ([*FOLDERS, "--preset", "huge"], ["--preset", "'huge'", "core"]),
+        (["--dataset_dir", "d"], ["required: --run_dir ", "--help"]),
+        (["--preset", "compact", "--run_dir", "r"], ["required: --dataset_dir "]),
+        (["--preset", "xor", "--run_dir", "r"], ["--run_dir r: preset xor reads and writes no"]),
+        (["--preset", "xor", "--model_dir", "m"], ["--model_dir m: preset xor reads and writes"]),
+        (["--preset", "xor", "--checkpoint_seconds", "10"], ["--checkpoint_seconds 10.0: preset"]),
+        (
+            ["--preset", "xor", "--checkpoint_seconds", "0"],
+            ["--checkpoint_seconds 0.0: preset xor"],
+        ),
+        (["--preset", "xor", "--profile"], ["--profile: preset xor reads and writes no files"]),
+        ([*FOLDERS, "--preset", "accurate", "--tf32"], ["--tf32: expected no deformations"]),
+        ([*FOLDERS, "--checkpoint_seconds", "-1"], ["--checkpoint_seconds", "at least 0, got -1"]),
+        ([*FOLDERS, "--checkpoint_seconds", "inf"], ["at least 0, got inf"]),
+        ([*FOLDERS, "--checkpoint_seconds", "x"], ["at least 0, got x"]),
+        ([*FOLDERS, "--model_dir", "gs://b/m"], ["--model_dir: gs://b/m", "local folder"]),
+        (["--preset", "xor", "--replicas", "2"], ["--replicas 2: cannot be changed in preset xor"]),
+        (["--preset", "xor", "--epochs", "0"], ["--epochs 0: expected at least 1"]),
+        ([*FOLDERS, "--optimizer", "lion"], ["--optimizer lion: expected sgd, rmsprop, adam or"]),
+        ([*FOLDERS, "--dropout", "1"], ["--dropout 1.0: expected at least 0 and below 1"]),
+        ([*FOLDERS, "--dropout", "nan"], ["--dropout nan: expected at least 0 and below 1"]),
+        ([*FOLDERS, "--momentum", "0.9"], ["--momentum 0.9: only --optimizer sgd or rmsprop"]),
+        ([*FOLDERS, "--warmup_epochs", "11"], ["--warmup_epochs 11.0: expected at most the 10"]),
+        ([*FOLDERS, "--reproducible", "yes"], ["yes"]),
         ([*FOLDERS, "--no_such_flag", "1"], ["--no_such_flag"]),
         ([*FOLDERS, "--epoch", "3"], ["--epoch"]),  # no abbreviations
         ([*FOLDERS, "stray"], ["stray"]),
@@ -169,6 +235,8 @@ def test_dry_run_prints_the_config_and_touches_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     assert json.loads(done.stdout) == TUTORIAL | {"hidden_units": [700, 500], "seed": 7}
+    done = run("--preset", "xor", "--dry_run", cwd=tmp_path)
+    assert json.loads(done.stdout)["hidden_units"] == [4]
     assert not any(tmp_path.iterdir())
     assert_one_line(run(*FOLDERS, "--dry_run", "--epochs", "0", cwd=tmp_path), "--epochs 0")
 
@@ -177,7 +245,8 @@ def test_dry_run_prints_the_config_and_touches_nothing(tmp_path):
     ("module", "banned"),
     [
         ("trainer.task", ["apache_beam", "tensorflow"]),
-        ("trainer.loop", ["apache_beam"]),
+        ("trainer.xor", ["apache_beam"]),
+        ("trainer.start", ["apache_beam"]),
     ],
 )
 def test_importing_loads_no_more_than_it_needs(module, banned):

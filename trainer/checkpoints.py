@@ -1,16 +1,29 @@
-"""Exact resume: everything that decides the future of a run, saved and restored."""
+"""Exact resume: everything that decides the future of a run, saved and restored.
+
+A checkpoint is one file, ``step-00001260.ckpt``: eight bytes with the length of a JSON header,
+the header, the arrays as raw little-endian bytes, and the SHA-256 of all that. It is written
+beside its name, flushed to the disk and renamed, so that a kill leaves the old ones or the new
+one; the checksum is for disks and for what copies them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, Protocol
 
-import tensorflow as tf
+import numpy as np
 
-from trainer.model import MLP
-from trainer.optimizers import Adam
+from pipeline import storage
+from pipeline.command import InputError, log
 
-KEEP = 2  # the newest, and the one before it while the newest is being written
+KEEP = 2  # the newest, and the one before it in case the newest gets damaged
+LENGTH = struct.Struct("<Q")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,6 +36,11 @@ class Progress:
         loss_sum: sum of losses over the examples of that epoch so far.
         correct: right answers in that epoch so far.
         seconds: time spent training in that epoch so far, over all attempts.
+        best_epoch: the epoch with the best validation so far; 0: none yet.
+        best_accuracy: its validation accuracy.
+        best_loss: its validation loss.
+        best_weights: its weights as evaluated, float32, where the run may stop early.
+        lines: of ``metrics.jsonl``, one for each epoch completed.
     """
 
     epoch: int = 0
@@ -30,30 +48,158 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     seconds: float = 0.0
+    best_epoch: int = 0
+    best_accuracy: float = 0.0
+    best_loss: float = 0.0
+    best_weights: tuple[np.ndarray, ...] = ()
+    lines: tuple[dict[str, Any], ...] = ()
+
+
+class Restorable(Protocol):
+    """What a run trains, as arrays and back."""
+
+    def values(self) -> list[np.ndarray]:
+        """The arrays as they stand."""
+
+    def assign(self, values: list[np.ndarray]) -> None:
+        """Takes over arrays that `values` gave."""
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
+def write(file: IO[bytes], header: dict[str, Any], arrays: list[np.ndarray]) -> None:
+    """Writes one checkpoint."""
+    arrays = [np.asarray(a, a.dtype.newbyteorder("<"), order="C") for a in arrays]
+    text = json.dumps(header | {"arrays": [[a.dtype.str, list(a.shape)] for a in arrays]}).encode()
+    digest = hashlib.sha256()
+    for part in (LENGTH.pack(len(text)), text, *(a.tobytes() for a in arrays)):
+        digest.update(part)
+        file.write(part)
+    file.write(digest.digest())
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Reads back what `write` wrote.
+
+    Raises:
+        DamagedError: the file is not whole.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(error.strerror) from None
+    content = memoryview(data)[:-32]
+    if len(data) < LENGTH.size + 32 or hashlib.sha256(content).digest() != data[-32:]:
+        raise DamagedError("its checksum is wrong")
+    (length,) = LENGTH.unpack_from(content)
+    at = LENGTH.size + length
+    header = json.loads(bytes(content[LENGTH.size : at]))
+    arrays = []
+    for kind, shape in header.pop("arrays"):
+        count = int(np.prod(shape, dtype=np.int64))
+        array = np.frombuffer(content, np.dtype(kind), count, at).reshape(shape)
+        arrays.append(array.copy())
+        at += array.nbytes
+    return header, arrays
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: weights, slots, step count and `Progress`."""
+    """The checkpoints of one run.
 
-    def __init__(self, directory: Path, model: MLP, optimizer: Adam) -> None:
-        self._progress = {
-            field.name: tf.Variable(
-                field.default, dtype=tf.int64 if field.type == "int" else tf.float64
-            )
-            for field in dataclasses.fields(Progress)
-        }
-        checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer, progress=self._progress)
-        self._manager = tf.train.CheckpointManager(checkpoint, str(directory), max_to_keep=KEEP)
+    Args:
+        directory: their folder.
+        trained: what they hold besides a `Progress`.
+        run: names the run; see `run_folder.identity`.
+        seconds: how much work a kill may cost; see `due`.
+        writes: False for a worker that is not the chief: it keeps step, but writes nothing.
+        clock: for tests.
+    """
 
-    def restore(self) -> Progress:
-        """Restores the newest checkpoint, if there is one, and says where the run stands."""
-        if self._manager.latest_checkpoint:
-            status = self._manager.checkpoint.restore(self._manager.latest_checkpoint)
-            status.assert_existing_objects_matched()
-        return Progress(**{name: value.numpy().item() for name, value in self._progress.items()})
+    def __init__(
+        self,
+        directory: Path,
+        trained: Restorable,
+        *,
+        run: str,
+        seconds: float,
+        writes: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory = directory
+        self._trained = trained
+        self._run = run
+        self._seconds = seconds
+        self._writes = writes
+        self._clock = clock
+        self._saved_at = clock()
+        self._latest: tuple[Progress, list[np.ndarray]] | None = None
+
+    def due(self) -> bool:
+        """Whether it is time to save again."""
+        return self._clock() - self._saved_at >= self._seconds
 
     def save(self, progress: Progress, step: int) -> None:
         """Saves the run as it stands after `step` steps."""
-        for name, variable in self._progress.items():
-            variable.assign(getattr(progress, name))
-        self._manager.save(checkpoint_number=step)
+        self._latest = dataclasses.replace(progress), self._trained.values()
+        if self._writes:
+            scalars = {k: v for k, v in vars(progress).items() if k != "best_weights"}
+            header = {"run": self._run, "progress": scalars}
+            with storage.open_atomic(self._directory / f"step-{step:08d}.ckpt") as file:
+                write(file, header, [*progress.best_weights, *self._latest[1]])
+            for old in self._files()[KEEP:]:
+                old.unlink()
+        self._saved_at = self._clock()
+
+    def restore(self) -> Progress:
+        """Restores the newest checkpoint that is whole, if any, and says where the run stands.
+
+        Raises:
+            InputError: the folder holds checkpoints of another run.
+        """
+        self._latest = Progress(), self._trained.values()
+        files = self._files()
+        for path in files:
+            try:
+                self._latest = self._read(path)
+            except DamagedError as error:
+                rest = files[files.index(path) + 1 :]
+                instead = f"from {rest[0].name}, the one before it" if rest else "from the start"
+                log.warning("%s: damaged (%s); going on %s", path, error, instead)
+                if self._writes:
+                    path.unlink(missing_ok=True)
+                continue
+            break
+        return self.rewind()
+
+    def rewind(self) -> Progress:
+        """Goes back to the state that was saved or restored last."""
+        assert self._latest is not None
+        progress, values = self._latest
+        self._trained.assign(values)
+        return dataclasses.replace(progress)
+
+    def digest(self) -> str:
+        """Names the state that was saved or restored last, to the last bit: 32 hex digits."""
+        assert self._latest is not None
+        progress, values = self._latest
+        apart = ("best_weights", "lines", "seconds")  # the first follow; the others decide nothing
+        scalars = {k: v for k, v in vars(progress).items() if k not in apart}
+        found = hashlib.sha256(json.dumps(scalars).encode())
+        for value in (*progress.best_weights, *values):
+            found.update(value.tobytes())
+        return found.hexdigest()[:32]
+
+    def _files(self) -> list[Path]:
+        """Newest first; the names are long enough to sort as text."""
+        return sorted(self._directory.glob("step-*.ckpt"), reverse=True)
+
+    def _read(self, path: Path) -> tuple[Progress, list[np.ndarray]]:
+        header, arrays = read(path)
+        if header["run"] != self._run:
+            raise InputError(f"{path}: a checkpoint of another run; expected a folder of its own")
+        best = len(arrays) - len(self._trained.values())
+        progress = Progress(**header["progress"], best_weights=tuple(arrays[:best]))
+        progress.lines = tuple(progress.lines)  # JSON knows lists alone
+        return progress, arrays[best:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.command import InputError
-from pipeline.dataset import NUM_PIXELS, Manifest, read_shard
+from pipeline.dataset import NUM_PIXELS, Manifest, Shard
+from pipeline.records import read_shard
 
 PARSE_BATCH = 4096
 FEATURES = {
@@ -38,16 +40,31 @@ class Batches(NamedTuple):
     mask: np.ndarray
 
 
-def load_split(directory: Path, manifest: Manifest, split: str) -> Examples:
-    """Reads a split that fits in memory, after checking its files against the manifest.
+def shards_of(manifest: Manifest, splits: str) -> list[Shard]:
+    """The files of a split, or of several joined by ``+``, but for empty ones."""
+    names = splits.split("+")
+    return [shard for name in names for shard in manifest.splits[name].shards if shard.num_examples]
+
+
+def verify(directory: Path, shards: Sequence[Shard]) -> None:
+    """Checks files against the manifest, by size and checksum.
+
+    Raises:
+        InputError: the first that is missing or is not what the manifest says.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter
+        list(pool.map(lambda shard: len(read_shard(directory, shard)), shards))
+
+
+def load_split(directory: Path, manifest: Manifest, splits: str) -> Examples:
+    """Reads a split that fits in memory, or several joined by ``+``, after checking its files.
 
     Raises:
         InputError: a file is missing or is not what the manifest says.
     """
-    shards = [shard for shard in manifest.splits[split].shards if shard.num_examples]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        list(pool.map(lambda shard: len(read_shard(directory, shard)), shards))
-    size = manifest.splits[split].num_examples
+    shards = shards_of(manifest, splits)
+    verify(directory, shards)
+    size = sum(manifest.splits[name].num_examples for name in splits.split("+"))
     images = np.empty((size, NUM_PIXELS), np.float32)
     labels = np.empty(size, np.int64)
     at = 0
@@ -58,7 +75,7 @@ def load_split(directory: Path, manifest: Manifest, split: str) -> Examples:
             images[rows], labels[rows] = batch["image"], batch["label"]
         at = rows.stop
     if at != size:
-        raise InputError(f"{directory}: {at} records in {split}, the manifest says {size}")
+        raise InputError(f"{directory}: {at} records in {splits}, the manifest says {size}")
     return Examples(images, labels)
 
 
@@ -75,14 +92,26 @@ def _parsed(files: list[str], compression: str) -> tf.data.NumpyIterator:
     )
 
 
+def first_images(directory: Path, manifest: Manifest, count: int) -> np.ndarray:
+    """Some images of the train split, to ask a model about; float32 [n, 784]."""
+    file = shards_of(manifest, "train")[0].file
+    compression = "GZIP" if file.endswith(".gz") else ""
+    records = tf.data.TFRecordDataset(str(directory / file), compression).take(count)
+    return np.stack([tf.io.parse_single_example(r, FEATURES)["image"].numpy() for r in records])
+
+
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """A permutation of ``range(size)`` that depends on nothing but its arguments; int32.
 
     It sorts the raw words of a counter-based generator, whose stream NumPy promises never to
     change, which it does not promise of its own `permutation`.
     """
-    words = np.random.Philox(key=[seed, epoch]).random_raw(size)
-    return np.argsort(words, kind="stable").astype(np.int32)
+    return np.argsort(philox_words(seed, epoch, size), kind="stable").astype(np.int32)
+
+
+def philox_words(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Random words that depend on nothing but the arguments; uint64 [count]."""
+    return np.random.Philox(key=[seed, epoch]).random_raw(count)
 
 
 def cut(order: np.ndarray, batch_size: int) -> Batches:

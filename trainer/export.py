@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,31 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import __version__, storage
-from pipeline.command import InputError
-from pipeline.dataset import IMAGE_SHAPE, NUM_PIXELS, SCALE_TABLE
+from pipeline.command import InputError, log
+from pipeline.dataset import IMAGE_SHAPE, NUM_PIXELS, Manifest
+from pipeline.records import SCALE_TABLE
+from trainer import run_folder
+from trainer.checkpoints import Progress
 from trainer.config import TrainConfig
 from trainer.data import FEATURES
-from trainer.model import MLP
+from trainer.fresh_check import compare, fresh_process
+from trainer.warmup import WARMUP_FILE, requests
 
-MODEL_FILE = "model.json"
-METRICS_FILE = "metrics.jsonl"
+# (weights, float32 [n, 784]) -> logits float32 [n, C]
+Apply = Callable[[Sequence[tf.Tensor], tf.Tensor], tf.Tensor]
 
 
 class ServedModel(tf.Module):
-    """The network with its pre- and postprocessing: raw images, or records, to probabilities."""
+    """The network with its pre- and postprocessing: raw images, or records, to probabilities.
 
-    def __init__(self, model: MLP) -> None:
+    Attributes:
+        weights: w, b, w, b, ... of its own, free of any replica.
+    """
+
+    def __init__(self, apply: Apply, weights: Sequence[np.ndarray]) -> None:
         super().__init__(name="served_model")
-        self.model = model
+        self.weights = [tf.Variable(weight, name="wb"[i % 2]) for i, weight in enumerate(weights)]
+        self._apply = apply
         # A look-up gives the very floats of the records; a division in a graph would not.
         self.scale_table = tf.constant(SCALE_TABLE)
 
@@ -45,8 +57,17 @@ class ServedModel(tf.Module):
         return self._answer(tf.io.parse_example(examples, features)["image"])
 
     def _answer(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        probabilities = tf.nn.softmax(self.model(images))
+        probabilities = probabilities_of(self._apply(self.weights, images))
         return {"classes": tf.argmax(probabilities, axis=-1), "probabilities": probabilities}
+
+
+def probabilities_of(logits: tf.Tensor) -> tf.Tensor:
+    """Logits of either loss as probabilities that sum to 1: [n, C].
+
+    For independent sigmoids the odds that class k alone is right are p_k / (1 - p_k), which is
+    exp(logit k): given that one class is, softmax again.
+    """
+    return tf.nn.softmax(logits)
 
 
 def weights_sha256(weights: list[np.ndarray]) -> str:
@@ -58,16 +79,39 @@ def weights_sha256(weights: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def describe(weights: list[np.ndarray], config: TrainConfig, dataset_id: str) -> dict[str, Any]:
-    """The content of ``model.json``."""
+def describe(
+    weights: list[np.ndarray], config: TrainConfig, manifest: Manifest, progress: Progress
+) -> dict[str, Any]:
+    """The content of ``model.json``.
+
+    Args:
+        weights: as exported.
+        config: how they were trained.
+        manifest: of the dataset.
+        progress: where training ended.
+    """
     checksum = weights_sha256(weights)
-    identity = json.dumps([checksum, dataset_id])
+    content = run_folder.describe(config, manifest.dataset_id, devices=None)
+    settings = {field.name: content[field.name] for field in dataclasses.fields(config)}
     return {
-        "model_id": hashlib.sha256(identity.encode()).hexdigest()[:32],
+        "model_id": hashlib.sha256(
+            json.dumps([checksum, manifest.dataset_id]).encode()
+        ).hexdigest()[:32],
         "weights_sha256": checksum,
-        "dataset_id": dataset_id,
+        "dataset_id": manifest.dataset_id,
         "preset": config.preset,
         "seed": config.seed,
+        "config": settings,
+        "run": run_folder.identity(content),
+        "epochs_trained": progress.epoch,
+        "epoch_exported": progress.best_epoch or progress.epoch,
+        "parameters": sum(weight.size for weight in weights),
+        "dataset": {
+            "source": manifest.source,
+            "split_by": manifest.split_by,
+            "class_names": list(manifest.class_names),
+            "num_examples": {name: split.num_examples for name, split in manifest.splits.items()},
+        },
         "versions": {
             "digits-pipeline": __version__,
             "python": platform.python_version(),
@@ -78,42 +122,57 @@ def describe(weights: list[np.ndarray], config: TrainConfig, dataset_id: str) ->
 
 
 def export(
-    model: MLP, config: TrainConfig, dataset_id: str, metrics: Path, final: Path
-) -> dict[str, Any]:
+    apply: Apply,
+    weights: list[np.ndarray],
+    description: dict[str, Any],
+    places: run_folder.Places,
+    images: np.ndarray,
+) -> None:
     """Publishes the folder that is evaluated and served; it appears whole, or not at all.
 
-    Args:
-        model: the trained network; its weights are copied out of its replicas.
-        config: how it was trained.
-        dataset_id: on what.
-        metrics: the run's ``metrics.jsonl``, which goes along for the report.
-        final: the folder.
+    Before it gets its name, a fresh process loads it and answers as the trainer does. A model
+    of the same run with fewer epochs is replaced.
 
-    Returns:
-        The content of ``model.json``.
+    Args:
+        apply: the network's function.
+        weights: as evaluated.
+        description: the content of ``model.json``.
+        places: the run's; its ``metrics.jsonl`` goes along for the report.
+        images: float32 [n, 784], scaled pixels to ask about.
 
     Raises:
         InputError: the run has diverged.
+        ExportError: what was exported does not answer like what was trained.
     """
-    weights = [weight.numpy() for weight in model.weights]
     if not all(np.isfinite(weight).all() for weight in weights):
         raise InputError("the weights are not finite; a smaller --learning_rate may help")
-    widths = [weight.shape for weight in weights[0::2]]
-    with tf.device("CPU:0"):  # where most servers run, and free of any replica
-        plain = MLP(widths[0][0], [shape[1] for shape in widths[:-1]], widths[-1][1], seed=0)
-        for variable, value in zip(plain.weights, weights, strict=True):
-            variable.assign(value)
-        served = ServedModel(plain)
-    description = describe(weights, config, dataset_id)
-    with storage.published_whole(final) as staging:
-        tf.saved_model.save(
-            served,
-            str(staging),
-            signatures={
-                "serving_default": served.serve_images,
-                "serve_examples": served.serve_examples,
-            },
+    again = (places.model / run_folder.MODEL_FILE).is_file()
+    with (
+        storage.published_whole(places.model, replace=again) as staging,
+        fresh_process() as fresh,
+    ):
+        expected = _save(apply, weights, staging, images)
+        storage.write_atomic(staging / WARMUP_FILE, requests())
+        shutil.copyfile(places.metrics, staging / run_folder.METRICS_FILE)
+        text = json.dumps(description, indent=2) + "\n"
+        storage.write_atomic(staging / run_folder.MODEL_FILE, text)
+        began = time.monotonic()
+        compare(fresh.ask(staging, images), weights, expected)
+        log.info(
+            "a fresh process answers %d images as the trainer does (%.1f s)",
+            len(images),
+            time.monotonic() - began,
         )
-        shutil.copyfile(metrics, staging / METRICS_FILE)
-        storage.write_atomic(staging / MODEL_FILE, json.dumps(description, indent=2) + "\n")
-    return description
+
+
+def _save(apply: Apply, weights: list[np.ndarray], folder: Path, images: np.ndarray) -> np.ndarray:
+    """Writes the SavedModel; returns its probabilities of some images, float32 [n, C]."""
+    with tf.device("CPU:0"):  # where most servers run
+        served = ServedModel(apply, weights)
+        expected: np.ndarray = probabilities_of(apply(served.weights, tf.constant(images))).numpy()
+    signatures = {
+        "serving_default": served.serve_images,
+        "serve_examples": served.serve_examples,
+    }
+    tf.saved_model.save(served, str(folder), signatures=signatures)
+    return expected

@@ -1,122 +1,204 @@
-"""The compiled functions: many training steps in one call, and a pass of validation."""
+"""The compiled functions: many training steps in one call, and a pass of validation.
+
+A step, on every replica:
+
+    share of the batch -> gradients of each of its shards -> sum over all shards -> update
+
+A *shard* is the unit in which gradients are computed. Usually each replica has one. With
+``reproducible`` a global batch is always cut in `VIRTUAL_SHARDS`, however many replicas share
+them, and their gradients are added up in one fixed binary tree: the same numbers are added in
+the same order, and so the weights come out equal, bit for bit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
-from trainer.data import Examples
-from trainer.gradients import Totals, tape_gradients, totals
+from trainer.config import VIRTUAL_SHARDS, TrainConfig
+from trainer.deform import Deform
+from trainer.gradients import Totals, make_gradients, totals
 from trainer.model import MLP
-from trainer.optimizers import Adam, AdamState
+from trainer.optimizers import Update, UpdateState
+from trainer.sources import Source, pad
+from trainer.strategy import shares
 
-# (indices int32 [steps, batch], mask float32 [steps, batch]) -> sums over all of them
-StepsFunction = Callable[[tf.Tensor, tf.Tensor], Totals]
-
-
-def place(strategy: tf.distribute.Strategy, examples: Examples) -> tuple[tf.Tensor, tf.Tensor]:
-    """Copies a split to the device of every replica, once, so that a step only gathers from it."""
-
-    def on_each_device(values: object) -> tf.Tensor:
-        def on_device(context: tf.distribute.ValueContext) -> tf.Tensor:
-            device = strategy.extended.worker_devices[context.replica_id_in_sync_group]
-            with tf.device(device):  # TensorFlow would leave all copies on the first
-                return tf.identity(tf.convert_to_tensor(values))
-
-        return strategy.experimental_distribute_values_from_function(on_device)
-
-    return on_each_device(examples.images), on_each_device(examples.labels)
-
-
-def share(rows: tf.Tensor) -> tf.Tensor:
-    """This replica's part of a global batch: [batch, ...] -> [batch / replicas, ...]."""
-    context = tf.distribute.get_replica_context()
-    size = rows.shape[0] // context.num_replicas_in_sync
-    return rows[context.replica_id_in_sync_group * size :][:size]
+# (indices int32 [steps, batch], mask float32 [steps, batch], epoch) -> sums over all of them
+StepsFunction = Callable[[np.ndarray, np.ndarray, int], Totals]
 
 
 def make_train_steps(
     strategy: tf.distribute.Strategy,
     model: MLP,
-    optimizer: Adam,
-    examples: Examples,
-    batch_size: int,
+    update: Update,
+    source: Source,
+    config: TrainConfig,
+    *,
+    deform: Deform | None = None,
 ) -> StepsFunction:
     """Builds the function that takes as many steps as it is given rows of indices.
 
-    Each replica computes the gradients of its share of the batch, the gradients are summed
-    over the replicas, and each replica updates its own copy of the weights: equal copies and
-    equal gradients stay equal. What is compiled by XLA is pure and gets all values as
-    arguments, because a variable captured by it would be that of the first replica.
+    Each replica updates its own copy of the weights: equal copies and equal gradients stay
+    equal. What XLA compiles is pure and gets all values as arguments, because a variable
+    captured by it would be that of the first replica. Only where a single shard leaves nothing
+    to be summed is the loop over the steps compiled whole.
+
+    Args:
+        strategy: its scope holds the variables.
+        model: the network.
+        update: its optimizer.
+        source: gives the images and labels of rows.
+        config: batch size, seed and so on.
+        deform: what to do to the images before each step, if anything.
     """
-    images, labels = place(strategy, examples)
+    shards = _num_shards(strategy, config)
+    own_shards = shards // strategy.num_replicas_in_sync
+    of_shard = _make_of_shard(config, model, deform)
 
     @tf.function(jit_compile=True)
-    def gradients(weights, x, y, mask, count):  # type: ignore[no-untyped-def]
-        return tape_gradients(model, weights, x, y, mask, count)
+    def updated(weights, parts, state):  # type: ignore[no-untyped-def]
+        *found, loss, correct = add_tree(parts)
+        return *update.update(weights, found, state), Totals(loss, correct)
 
-    @tf.function(jit_compile=True)
-    def update(weights, summed, state):  # type: ignore[no-untyped-def]
-        return optimizer.update(weights, summed, state)
-
-    def step(images, labels, indices, mask):  # type: ignore[no-untyped-def]
-        rows = share(indices)
+    def step(images, labels, rows, examples, mask, count, epoch, i):  # type: ignore[no-untyped-def]
+        first = tf.distribute.get_replica_context().replica_id_in_sync_group * own_shards
         weights = [tf.identity(w) for w in model.weights]
-        parts, sums = gradients(
-            weights,
-            tf.gather(images, rows),
-            tf.gather(labels, rows),
-            share(mask),
-            tf.reduce_sum(mask),
-        )
-        context = tf.distribute.get_replica_context()
-        summed, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (parts, sums))
-        new_weights, state = update(weights, summed, optimizer.state)
-        for variable, value in zip(model.weights, new_weights, strict=True):
+        parts = [
+            of_shard(
+                weights,
+                images,
+                labels,
+                *(piece(values[i], j, own_shards) for values in (rows, examples, mask)),
+                count,
+                epoch,
+                tf.stack([tf.cast(update.iterations, tf.int32), first + j]),
+            )
+            for j in range(own_shards)
+        ]
+        weights, state, sums = updated(weights, gather_shards(parts), update.state)
+        for variable, value in zip(model.weights, weights, strict=True):
             variable.assign(value)
-        optimizer.assign(AdamState(*state))
-        return sums
+        update.assign(UpdateState(*state))
+        return Totals(*sums)
 
-    return _loop(strategy, step, images, labels, batch_size)
+    whole = shards == 1
+    return _loop(strategy, step, source, config.batch_size, config.steps_per_call, whole=whole)
+
+
+def _make_of_shard(
+    config: TrainConfig, model: MLP, deform: Deform | None
+) -> Callable[..., list[tf.Tensor]]:
+    """Makes the function that gives the gradients of a shard, and its sums after them."""
+    gradients = make_gradients(config, model)
+
+    @tf.function(jit_compile=True)
+    def of_shard(weights, images, labels, rows, examples, mask, count, epoch, key):  # type: ignore[no-untyped-def]
+        chosen = tf.gather(images, rows)
+        if deform is not None:
+            chosen = deform(chosen, epoch, examples, config.seed)
+        found, sums = gradients(weights, chosen, tf.gather(labels, rows), mask, count, key)
+        return [*found, *sums]
+
+    return of_shard
 
 
 def make_evaluate(
-    strategy: tf.distribute.Strategy, model: MLP, examples: Examples, batch_size: int
-) -> StepsFunction:
-    """Builds the function that sums loss and right answers over rows of indices."""
-    images, labels = place(strategy, examples)
-
-    def step(images, labels, indices, mask):  # type: ignore[no-untyped-def]
-        rows = share(indices)
-        sums = totals(tf.gather(labels, rows), model(tf.gather(images, rows)), share(mask))
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
-
-    return _loop(strategy, step, images, labels, batch_size)
-
-
-def _loop(
     strategy: tf.distribute.Strategy,
-    step: Callable[..., Totals],
-    images: tf.Tensor,
-    labels: tf.Tensor,
+    model: MLP,
+    update: Update,
+    source: Source,
+    config: TrainConfig,
     batch_size: int,
 ) -> StepsFunction:
-    """Runs a replica function over rows of indices, inside one graph.
+    """Builds the function that sums loss and right answers over rows of indices."""
+    own_shards = _num_shards(strategy, config) // strategy.num_replicas_in_sync
+
+    # Compiled, a shard's numbers come out alike wherever it is computed, as in training.
+    @tf.function(jit_compile=True)
+    def of_shard(weights, images, labels, rows, mask):  # type: ignore[no-untyped-def]
+        logits = model.apply(weights, tf.gather(images, rows))
+        return list(totals(tf.gather(labels, rows), logits, mask, loss=config.loss))
+
+    def step(images, labels, rows, _examples, mask, _count, _epoch, i):  # type: ignore[no-untyped-def]
+        weights = [tf.identity(w) for w in update.evaluated(model.weights)]
+        parts = [
+            of_shard(
+                weights,
+                images,
+                labels,
+                *(piece(values[i], j, own_shards) for values in (rows, mask)),
+            )
+            for j in range(own_shards)
+        ]
+        return Totals(*compiled_tree(gather_shards(parts)))
+
+    return _loop(strategy, step, source, batch_size, config.steps_per_call, whole=False)
+
+
+def _num_shards(strategy: tf.distribute.Strategy, config: TrainConfig) -> int:
+    return VIRTUAL_SHARDS if config.reproducible else strategy.num_replicas_in_sync
+
+
+def piece(values: tf.Tensor, j: int, count: int) -> tf.Tensor:
+    """The j-th of `count` equal parts of the first dimension."""
+    size = values.shape[0] // count
+    return values[j * size : (j + 1) * size]
+
+
+def gather_shards(parts: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    """Brings together what the shards of all replicas found, for `add_tree`; in replica context.
+
+    Each replica's own are added up before, where there are others to be sent to.
+    """
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return parts
+    own = parts[0] if len(parts) == 1 else compiled_tree(parts)
+    gathered = context.all_gather([value[tf.newaxis] for value in own], axis=0)
+    columns = [tf.unstack(value, context.num_replicas_in_sync) for value in gathered]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def add_tree(parts: list[list[tf.Tensor]]) -> list[tf.Tensor]:
+    """((a + b) + (c + d)) + ...: neighbours first, tensor by tensor.
+
+    To be compiled: a sum of two given numbers is rounded alike in every compilation, so four
+    parts added at once, or two and two and then the two, come out equal. Outside of one,
+    TensorFlow would take the tree for one long sum, in an order of its own.
+    """
+    while len(parts) > 1:
+        pairs = zip(parts[0::2], parts[1::2], strict=False)
+        added = [[x + y for x, y in zip(a, b, strict=True)] for a, b in pairs]
+        parts = added + parts[len(parts) // 2 * 2 :]
+    return parts[0]
+
+
+compiled_tree = tf.function(add_tree, jit_compile=True)
+
+
+def call_length(source: Source, batch_size: int, steps_per_call: int) -> int:
+    """How many steps a call has room for: those of a split, its partial batch too, at most."""
+    length = min(steps_per_call, -(-source.size // batch_size))
+    if source.rows_per_call is not None:
+        length = min(length, source.rows_per_call // batch_size)
+    return max(1, length)
+
+
+def _make_run(
+    strategy: tf.distribute.Strategy, step: Callable[..., Totals], *, whole: bool
+) -> Callable[..., Totals]:
+    """Makes the function that takes the first `steps` steps of a call on every replica.
 
     The loop stands outside `Strategy.run`: a sum over replicas cannot stand in a loop within.
     """
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None, batch_size], tf.int32),  # one trace for any number of steps
-            tf.TensorSpec([None, batch_size], tf.float32),
-        ]
-    )
-    def run(indices, mask):  # type: ignore[no-untyped-def]
+    @tf.function(jit_compile=whole)
+    def run(images, labels, rows, examples, mask, counts, epoch, steps):  # type: ignore[no-untyped-def]
         loss, correct = tf.constant(0.0, tf.float64), tf.constant(0, tf.int64)
-        for i in tf.range(tf.shape(indices)[0]):
-            sums = strategy.run(step, (images, labels, indices[i], mask[i]))
+        for i in tf.range(steps):
+            sums = strategy.run(step, (images, labels, rows, examples, mask, counts[i], epoch, i))
             # Summed over replicas already: every replica holds the same.
             first = [strategy.experimental_local_results(value)[0] for value in sums]
             loss += tf.cast(first[0], tf.float64)
@@ -124,3 +206,45 @@ def _loop(
         return Totals(loss, correct)
 
     return run
+
+
+def _loop(
+    strategy: tf.distribute.Strategy,
+    step: Callable[..., Totals],
+    source: Source,
+    batch_size: int,
+    steps_per_call: int,
+    *,
+    whole: bool,
+) -> StepsFunction:
+    """Runs a replica function over rows of indices, inside one graph.
+
+    Calls are padded to one number of steps, so that one compilation serves all of them.
+    """
+    run = _make_run(strategy, step, whole=whole)
+    length = call_length(source, batch_size, steps_per_call)
+    feed = source.feed(strategy, batch_size, length)
+
+    def call(indices: np.ndarray, mask: np.ndarray, epoch: int) -> Totals:
+        images, labels, rows = feed(indices, epoch)
+        padded = pad(mask, length)
+        sums = run(
+            images,
+            labels,
+            rows,
+            shares(strategy, pad(indices, length)),
+            shares(strategy, padded),
+            padded.sum(axis=1),
+            tf.constant(epoch, tf.int32),
+            tf.constant(len(indices), tf.int32),
+        )
+        return Totals(float(sums.loss), int(sums.correct))
+
+    def calls(indices: np.ndarray, mask: np.ndarray, epoch: int) -> Totals:
+        parts = [
+            call(indices[at : at + length], mask[at : at + length], epoch)
+            for at in range(0, len(indices), length)
+        ]
+        return Totals(sum(part.loss for part in parts), sum(part.correct for part in parts))
+
+    return calls

@@ -1,6 +1,7 @@
 """Stage 2: trains a multilayer perceptron on a dataset and exports it as a SavedModel.
 
 python -m trainer.task --dataset_dir out/mnist --run_dir out/run
+python -m trainer.task --preset xor    # the four points of XOR, in seconds; reads no dataset
 
 A run that was stopped or killed goes on when the same command is given again, and ends in the
 same weights, bit for bit.
@@ -9,23 +10,37 @@ same weights, bit for bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import command, storage
-from trainer.config import PRESETS, TrainConfig, check
+from pipeline.command import InputError, log
+from trainer import run_folder
+from trainer.checks import configure
+from trainer.config import PRESETS, TrainConfig, choices
+from trainer.run_folder import VERTEX, Places
+from trainer.stop import StopSignal
+from trainer.workers import cluster_workers
 
 PROG = "trainer.task"
+SETTINGS = [field for field in dataclasses.fields(TrainConfig) if field.name != "preset"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The flags of this stage."""
+    """The flags of this stage; preset xor, and no other, has no folders."""
 
-    dataset_dir: Path
-    run_dir: Path
+    dataset_dir: Path | None
+    places: Places | None
     train: TrainConfig
+    checkpoint_seconds: float = 10.0
+    profile: bool = False
     dry_run: bool = False
 
 
@@ -37,52 +52,104 @@ def widths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected widths like 700,500, got {text!r}") from None
 
 
-def parse(argv: list[str]) -> TaskConfig:
-    """Parses the command line."""
+def duration(text: str) -> float:
+    """Parses a number of seconds, 0 or more."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+
+
+def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    """Adds the flag of one field of `TrainConfig`; its value is None where it is not given."""
+    flag, kind = f"--{field.name}", typing.get_type_hints(TrainConfig)[field.name]
+    usual = getattr(PRESETS["core"], field.name)
+    if kind is bool:
+        group.add_argument(
+            flag, action="store_const", const=True, help=f"{field.metadata['about']} (core: no)"
+        )
+        return
+    shown = ",".join(map(str, usual)) if isinstance(usual, tuple) else usual
+    of_text: dict[Any, tuple[Callable[[str], Any], str]] = {
+        tuple[int, ...]: (widths, "N,N,..."),
+        float: (float, "X"),
+    }
+    parse_text, metavar = of_text.get(kind, (int, "N"))
+    if allowed := choices(field.name):
+        parse_text, metavar = str, "|".join(allowed)
+    text = field.metadata["about"] + ("" if usual is None else f" (core: {shown})")
+    group.add_argument(flag, type=parse_text, metavar=metavar, help=text)
+
+
+def make_parser() -> command.Parser:
+    """The flags of this stage; one that was not given is None, or False."""
     parser = command.Parser(PROG, __doc__)
     parser.add_argument(
-        "--dataset_dir",
-        required=True,
-        metavar="DIR",
-        help="a dataset written by pipeline.preprocess",
+        "--dataset_dir", metavar="DIR", help="a dataset written by pipeline.preprocess"
     )
-    parser.add_argument("--run_dir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--run_dir", metavar="DIR", help="the run's folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="core")
     override = parser.add_argument_group("instead of the preset's values")
-    override.add_argument("--hidden_units", type=widths, metavar="N,N,...")
-    override.add_argument("--learning_rate", type=float, metavar="X")
-    override.add_argument("--beta_1", type=float, metavar="X")
-    override.add_argument("--beta_2", type=float, metavar="X")
-    override.add_argument("--epsilon", type=float, metavar="X")
-    override.add_argument("--batch_size", type=int, metavar="N", help="over all replicas")
-    override.add_argument("--epochs", type=int, metavar="N")
-    override.add_argument("--seed", type=int, metavar="N", help="default: 22")
-    override.add_argument(
-        "--replicas", type=int, metavar="N", help="default: every visible GPU, else one CPU"
+    for field in SETTINGS:
+        add_setting(override, field)
+    for (flag, variable), what in zip(
+        VERTEX.items(), ("the exported model", "checkpoints", "event files"), strict=True
+    ):
+        parser.add_argument(
+            f"--{flag}",
+            metavar="DIR",
+            help=f"where {what} go: default ${variable}, else in run_dir",
+        )
+    parser.add_argument(
+        "--checkpoint_seconds",
+        type=duration,
+        metavar="X",
+        help="how much work a kill may cost: how often to save"
+        f" (default: {TaskConfig.checkpoint_seconds})",
     )
-    override.add_argument(
-        "--steps_per_call",
-        type=int,
-        metavar="N",
-        help="steps between looks at progress and signals (default: 100)",
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of a few calls for TensorBoard"
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
         help="check the flags, print the config as JSON and do nothing",
     )
+    return parser
+
+
+def parse(argv: list[str]) -> TaskConfig:
+    """Parses the command line."""
+    parser = make_parser()
     flags = parser.parse_args(argv)
-    given = {
-        field.name: getattr(flags, field.name)
-        for field in dataclasses.fields(TrainConfig)
-        if getattr(flags, field.name) is not None
-    }
+    folders = {"--dataset_dir": flags.dataset_dir, "--run_dir": flags.run_dir}
+    missing = [name for name, value in folders.items() if value is None]
+    if missing and flags.preset != "xor":
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    values = {field.name: getattr(flags, field.name) for field in SETTINGS}
+    given = {name: value for name, value in values.items() if value is not None}
+    config = configure(flags.preset, given)
+    if flags.preset == "xor":
+        _refuse_files(flags)
+        return TaskConfig(dataset_dir=None, places=None, train=config, dry_run=flags.dry_run)
+    seconds = flags.checkpoint_seconds
     return TaskConfig(
         dataset_dir=storage.folder(flags.dataset_dir),
-        run_dir=storage.folder(flags.run_dir),
-        train=check(dataclasses.replace(PRESETS[flags.preset], **given)),
+        places=run_folder.places(storage.folder(flags.run_dir), vars(flags), os.environ),
+        train=config,
+        checkpoint_seconds=TaskConfig.checkpoint_seconds if seconds is None else seconds,
+        profile=flags.profile,
         dry_run=flags.dry_run,
     )
+
+
+def _refuse_files(flags: argparse.Namespace) -> None:
+    """Refuses what is about files, which preset xor has none of."""
+    for name in ("dataset_dir", "run_dir", *VERTEX, "checkpoint_seconds", "profile"):
+        value = getattr(flags, name)
+        if value is not None and value is not False:
+            flag = f"--{name}" if value is True else f"--{name} {value}"
+            raise InputError(f"{flag}: preset xor reads and writes no files")
 
 
 def execute(config: TaskConfig) -> int:
@@ -90,13 +157,33 @@ def execute(config: TaskConfig) -> int:
     if config.dry_run:
         print(json.dumps(dataclasses.asdict(config.train)))
         return command.DONE
+    if config.dataset_dir is None or config.places is None:
+        with command.quiet_import():
+            from trainer import xor
+
+        return xor.execute(config.train)
     from pipeline.dataset import load_manifest
 
-    load_manifest(config.dataset_dir)  # the likeliest mistake, told before TensorFlow loads
-    with command.quiet_import():
-        from trainer import loop
-
-    return loop.execute(config.train, config.dataset_dir, config.run_dir)
+    with StopSignal() as stop:
+        # The likeliest mistakes, and that nothing is to be done, are told before TensorFlow
+        # loads; but one of several workers has to join the others first, to tell them as well.
+        if len(cluster_workers(os.environ.get("TF_CONFIG"))) < 2:
+            manifest = load_manifest(config.dataset_dir)
+            asked = run_folder.describe(config.train, manifest.dataset_id, devices=None)
+            run_folder.check_same_run(config.places, asked)
+            if run_folder.is_finished(config.places, asked):
+                log.info("%s: already trained and exported", config.places.run)
+                return command.DONE
+        with command.quiet_import():
+            from trainer import start
+        return start.execute(
+            config.train,
+            config.dataset_dir,
+            config.places,
+            stop,
+            checkpoint_seconds=config.checkpoint_seconds,
+            profile=config.profile,
+        )
 
 
 def main() -> None:

@@ -1,0 +1,150 @@
+"""Killed at any moment, the same command ends in the weights of a run that nothing disturbed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+FLAGS = (
+    "--hidden_units=16,12",
+    "--batch_size=8",
+    "--epochs=4",
+    "--replicas=1",
+    "--steps_per_call=10",
+    "--patience=9",  # so that there are best weights to keep
+    "--ema_decay=0.9",
+    "--checkpoint_seconds=0",  # as often as can be: a moment hits one more easily
+)
+MOMENTS = 30
+MANY = 1_000_000
+# Ends itself by SIGKILL: before the nth thing it does to a file in the run folder, a share of the
+# way from its first to its last, in the middle of writing the nth checkpoint, or as the exported
+# model's files appear.
+KILLED = """
+import os, pathlib, signal, sys, threading, time
+folder, how, moment = sys.argv[1:4]
+del sys.argv[1:4]
+WATCHED = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+steps, began = 0, None
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(event, arguments):
+    global steps, began
+    if event in WATCHED and isinstance(arguments[0], str) and arguments[0].startswith(folder):
+        steps += 1
+        if began is None:
+            began = time.monotonic()
+            if how == "seconds":
+                timer = threading.Timer(float(moment), die)
+                timer.daemon = True
+                timer.start()
+        if how == "step" and steps > int(moment):
+            die()
+
+sys.addaudithook(watch)
+from trainer import checkpoints, task
+write = checkpoints.write
+
+def write_half(file, header, arrays):
+    global moment
+    write(file, header, arrays)
+    moment = int(moment) - 1
+    if moment < 0:
+        file.seek(file.tell() // 2)
+        file.truncate()
+        file.flush()
+        die()
+
+if how == "checkpoint":
+    checkpoints.write = write_half
+
+def lie_in_wait():
+    while not any(pathlib.Path(folder).glob(".export.incomplete/*/" + moment)):
+        time.sleep(0.0005)
+    die()
+
+if how == "export":
+    threading.Thread(target=lie_in_wait, daemon=True).start()
+try:
+    task.main()
+finally:
+    print(steps, time.monotonic() - began)
+"""
+
+
+def run(dataset, run_dir, how="step", moment=MANY):
+    """Runs the command to its end, its own or ours; (exit code, what it printed, its log)."""
+    arguments = ("--dataset_dir", dataset, "--run_dir", run_dir, *FLAGS)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, (run_dir, how, moment, *arguments))],
+        env=os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, log = process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    return process.returncode, said, log
+
+
+def result(run_dir):
+    """What does not depend on how often a run was killed."""
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"], line["examples_per_second"]
+    assert (run_dir / "export" / "metrics.jsonl").read_text() == (
+        run_dir / "metrics.jsonl"
+    ).read_text()
+    return json.loads((run_dir / "export" / "model.json").read_text()), lines
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_dataset, tmp_path_factory):
+    """What a run comes to, the things it does to files, and how long it takes for them."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, said, log = run(small_dataset, run_dir)
+    assert code == 0, log
+    steps, seconds = said.split()
+    assert int(steps) > 100
+    return result(run_dir), int(steps), float(seconds)
+
+
+def moments():
+    """How to kill each run: first those that must be among them, then at random."""
+    found = [("checkpoint", 5), ("export", "saved_model.pb")]
+    chance = random.Random(30)
+    while len(found) < MOMENTS:
+        found.append((chance.choice(("step", "seconds")), round(chance.random(), 3)))
+    return found
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("how", "moment"), moments())
+def test_killed_at_a_moment_it_ends_the_same(how, moment, undisturbed, small_dataset, tmp_path):
+    expected, steps, seconds = undisturbed
+    if how in ("step", "seconds"):
+        moment = int(moment * steps) if how == "step" else moment * seconds
+    run_dir = tmp_path / "run"
+    code, _, log = run(small_dataset, run_dir, how, moment)
+    if how == "seconds" and code == 0:  # it was faster than the one that nothing disturbed
+        assert result(run_dir) == expected
+        return
+    assert code == -signal.SIGKILL, log
+    code, _, log = run(small_dataset, run_dir)
+    assert code == 0, log
+    assert result(run_dir) == expected
+    left = [name for name in helpers.tree(run_dir) if "incomplete" in name or "/." in name]
+    assert left == []
+    assert len(list((run_dir / "checkpoints").iterdir())) == 2

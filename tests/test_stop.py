@@ -1,0 +1,123 @@
+"""SIGTERM, seen from outside: each case is a process of its own."""
+
+import signal
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+# One call of the C library, which Python cannot interrupt, as TensorFlow's compiler is one.
+BUSY = """
+import hashlib, os, signal, sys, time
+from trainer import stop
+stop.GRACE_SECONDS = 0.5
+stop.SECOND_SIGNAL_SECONDS = 0.2
+
+def busy():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+def tell():
+    print("ready", flush=True)
+"""
+CASES = {
+    "nothing to save, where Python cannot look": (
+        "with stop.StopSignal():\n    tell(); busy()",
+        1,
+        143,
+    ),
+    "something to save, where Python cannot look": (
+        "with stop.StopSignal() as s:\n    s.unsaved = True; tell(); busy()",
+        1,
+        143,
+    ),
+    "the loop saves and returns": (
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    s.saved(); time.sleep(0.2)\n"
+        "sys.exit(9)",
+        1,
+        9,
+    ),
+    "the loop takes too long to return": (
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    s.saved(); time.sleep(100)",
+        1,
+        143,
+    ),
+    "saved before, and busy again": (
+        "with stop.StopSignal() as s:\n    s.unsaved = True; s.saved(); tell(); busy()",
+        1,
+        143,
+    ),
+    "a second signal after a while": (
+        "stop.GRACE_SECONDS = 1000\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); busy()",
+        1,
+        143,
+    ),
+    "a second signal at once": (
+        "stop.SECOND_SIGNAL_SECONDS = stop.GRACE_SECONDS = 1000\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.3)\n"
+        "sys.exit(9)",
+        1,
+        9,
+    ),
+    "nothing to save, but others to be told": (
+        "stop.GRACE_SECONDS = 0\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.with_others = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    time.sleep(0.3)\n"
+        "sys.exit(9)",
+        1,
+        9,
+    ),
+    "others to be told, where Python cannot look": (
+        "stop.GRACE_WITH_OTHERS_SECONDS = 0.5\n"
+        "with stop.StopSignal() as s:\n    s.with_others = True; tell(); busy()",
+        1,
+        143,
+    ),
+    "something else took the signal meanwhile": (
+        "with stop.StopSignal() as s:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN); s.listen(); tell(); busy()",
+        1,
+        143,
+    ),
+    "no signal": ("with stop.StopSignal():\n    tell()\nsys.exit(9)", 0, 9),
+    "afterwards it kills as ever": (
+        "with stop.StopSignal(): pass\ntell(); busy()",
+        1,
+        -signal.SIGTERM,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_process_ends(case):
+    code, signals, expected = CASES[case]
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY + code],
+        stdout=subprocess.PIPE,
+        cwd=helpers.ROOT,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == expected
+    finally:
+        process.kill()
+        process.stdout.close()

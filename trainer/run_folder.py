@@ -1,0 +1,236 @@
+"""A run's folders: where its files go, which run they belong to, and whether it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.command import InputError
+from trainer.config import TrainConfig
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+MODEL_FILE = "model.json"
+
+# These are known in full only once TensorFlow has seen the machine.
+RESOLVED_LATER = ("replicas", "devices", "input")
+UNRESOLVED = (None, "auto")
+# The folders that Vertex AI names in the environment of a custom job.
+VERTEX = {
+    "model_dir": "AIP_MODEL_DIR",
+    "checkpoint_dir": "AIP_CHECKPOINT_DIR",
+    "tensorboard_dir": "AIP_TENSORBOARD_LOG_DIR",
+}
+MOUNTS = Path("/gcs")  # where it mounts Cloud Storage: bucket by bucket
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a run writes.
+
+    Attributes:
+        run: the run folder: its config, its metrics, its lock.
+        model: the exported model.
+        checkpoints: what a run goes on from.
+        tensorboard: event files and profiles.
+    """
+
+    run: Path
+    model: Path
+    checkpoints: Path
+    tensorboard: Path
+
+    @property
+    def config(self) -> Path:
+        """How the run was started."""
+        return self.run / CONFIG_FILE
+
+    @property
+    def metrics(self) -> Path:
+        """One line an epoch."""
+        return self.run / METRICS_FILE
+
+
+def places(
+    run_dir: Path,
+    given: Mapping[str, str | None],
+    environ: Mapping[str, str],
+    *,
+    mounts: Path = MOUNTS,
+) -> Places:
+    """The folders of a run: those given, else those of the environment, else in the run folder.
+
+    Args:
+        run_dir: the run folder.
+        given: the flags ``model_dir``, ``checkpoint_dir`` and ``tensorboard_dir``, None where
+            not given.
+        environ: the process's environment; it may name buckets that are mounted.
+        mounts: where they are.
+
+    Raises:
+        InputError: one cannot be used.
+    """
+    found = {}
+    for (flag, variable), inside in zip(
+        VERTEX.items(), ("export", "checkpoints", "tensorboard"), strict=True
+    ):
+        text, of_vertex = given.get(flag), environ.get(variable)
+        try:
+            if text is not None:
+                found[flag] = storage.folder(text)
+            else:
+                found[flag] = mounted(of_vertex, mounts) if of_vertex else run_dir / inside
+        except InputError as error:
+            name = variable if text is None else f"--{flag}"
+            raise InputError(f"{name}: {error}") from None
+    return Places(
+        run=run_dir,
+        model=found["model_dir"],
+        checkpoints=found["checkpoint_dir"],
+        tensorboard=found["tensorboard_dir"],
+    )
+
+
+def mounted(text: str, mounts: Path) -> Path:
+    """The local folder that a path or ``gs://bucket/path`` means; buckets lie under `mounts`.
+
+    Raises:
+        InputError: it cannot be used, or its bucket is not mounted.
+    """
+    place = storage.folder(text, buckets=True)
+    if isinstance(place, Path):
+        return place
+    mount = mounts / place.bucket
+    if not mount.is_dir():
+        raise InputError(f"{text}: expected a local folder, or a bucket mounted as {mount}")
+    return storage.folder(str(mount / place.key))
+
+
+def require_writable(places: Places) -> None:
+    """Makes sure that a run can write where it will have to, and leaves no trace.
+
+    Raises:
+        InputError: it cannot.
+    """
+    for folder in (places.run, places.model.parent, places.checkpoints, places.tensorboard):
+        storage.require_writable(folder)
+
+
+def describe(config: TrainConfig, dataset_id: str, devices: list[str] | None) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    content = {**dataclasses.asdict(config), "dataset_id": dataset_id, "devices": devices}
+    return json.loads(json.dumps(content))  # as it is read back: lists for tuples
+
+
+def identity(content: dict[str, Any]) -> str:
+    """Names a run by what decides its weights, the number of epochs aside: 32 hex digits.
+
+    Where something is counted from the last epoch, their number decides steps before it.
+    """
+    left_out = set(RESOLVED_LATER) | (set() if _ends_with_epochs(content) else {"epochs"})
+    fixed = {name: value for name, value in content.items() if name not in left_out}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _ends_with_epochs(content: dict[str, Any]) -> bool:
+    return content["schedule"] == "cosine" or content["calm_epochs"] > 0
+
+
+def difference(earlier: dict[str, Any], asked: dict[str, Any]) -> str | None:
+    """The first setting that would make another run of one that was begun, or None.
+
+    A run may be given more epochs, and with ``reproducible`` another number of replicas on
+    devices of one kind. What is not resolved yet is not compared.
+    """
+    for name in sorted(earlier | asked):
+        before: Any = earlier.get(name)
+        now: Any = asked.get(name)
+        if before == now or (now in UNRESOLVED and name in RESOLVED_LATER):
+            continue
+        if name == "epochs" and now > before and not _ends_with_epochs(asked):
+            continue
+        if asked["reproducible"] and (
+            name == "replicas" or (name == "devices" and _kinds(before) == _kinds(now))
+        ):
+            continue
+        return name
+    return None
+
+
+def _kinds(devices: list[str]) -> set[str]:
+    return {device.split(":")[0] for device in devices}
+
+
+def check_same_run(places: Places, asked: dict[str, Any]) -> None:
+    """Makes sure that a run folder holds no other run than the one asked for.
+
+    Raises:
+        InputError: it does; the message names the first difference.
+    """
+    if not places.config.exists():
+        return
+    try:
+        earlier = json.loads(places.config.read_text())
+        name = difference(earlier, asked)
+    except (ValueError, TypeError, AttributeError, IndexError):
+        raise InputError(f"{places.config}: not the config of a run") from None
+    if name is not None:
+        raise InputError(
+            f"{places.run}: holds a run with {name} {earlier.get(name)}, not {asked.get(name)};"
+            " expected a new folder, or the flags it was started with"
+        )
+
+
+def is_finished(places: Places, asked: dict[str, Any]) -> bool:
+    """Whether the model of this very run is exported, with as many epochs as are asked for.
+
+    Raises:
+        InputError: the place of the model is taken by something else.
+    """
+    path = places.model / MODEL_FILE
+    if not path.is_file():
+        storage.require_absent(places.model)
+        return False
+    found: Any = None
+    with contextlib.suppress(ValueError, OSError):
+        found = json.loads(path.read_text())
+    if not isinstance(found, dict) or found.get("run") != identity(asked):
+        raise InputError(
+            f"{places.model}: holds the model of another run; expected a new or empty folder"
+        )
+    return found["config"]["epochs"] >= asked["epochs"]
+
+
+def tidy(places: Places) -> None:
+    """Removes what a process left that was killed as it wrote a file or replaced a model."""
+    storage.recover(places.model)
+    for folder, names in (
+        (places.run, f".{CONFIG_FILE}.* .{METRICS_FILE}.*"),
+        (places.checkpoints, ".step-*.ckpt.*"),
+    ):
+        for name in names.split():
+            for leftover in folder.glob(name):
+                leftover.unlink(missing_ok=True)
+
+
+# metrics.jsonl
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes the lines that a checkpoint holds, whatever became of the file."""
+    storage.write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Adds an epoch's line, and has it on the disk before any checkpoint that follows."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

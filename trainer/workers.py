@@ -1,0 +1,134 @@
+"""The processes that train together: which they are, and what they settle before they go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from pipeline.command import LOCKED, TERMINATED, InputError, LockedError
+
+
+class EndedError(InputError):
+    """Another worker has ended, without which this one cannot go on."""
+
+    def __init__(self, *, stopped: bool) -> None:
+        super().__init__(
+            "another worker ended; the same command on all goes on from the last checkpoint"
+        )
+        self.exit_code = TERMINATED if stopped else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process among those that train together; by default, it is alone.
+
+    Attributes:
+        alone: whether there are no others.
+        is_chief: whether this one writes; of several workers one does.
+        agree: whether any of the workers says yes; all of them ask at the same steps.
+        exchange: the texts of all workers, by rank; all of them exchange at the same steps.
+        part: waits until all have heard what was settled last; for the last thing before an end.
+    """
+
+    alone: bool = True
+    is_chief: bool = True
+    agree: Callable[[bool], bool] = bool
+    exchange: Callable[[str], list[str]] = lambda text: [text]
+    part: Callable[[], object] = lambda: None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[dict[str, Any]]:
+        """A block that all workers enter, and that none leaves where one of them refuses.
+
+        Yields:
+            An empty dict, for what has to be the same on all workers.
+
+        Raises:
+            InputError: this worker or another refuses, or they differ.
+        """
+        alike: dict[str, Any] = {}
+        refusal = None
+        try:
+            yield alike
+        except InputError as error:
+            refusal = error
+        own = Said(alike) if refusal is None else Said({}, str(refusal), refusal.exit_code)
+        said = [Said(*json.loads(text)) for text in self.exchange(json.dumps(own))]
+        found = refusal or difference(said)
+        if found is not None:
+            self.part()
+            raise found
+
+
+class Said(NamedTuple):
+    """What one worker tells the others at the end of a block.
+
+    Attributes:
+        alike: what has to be the same on all workers.
+        refusal: why it cannot go on, if so.
+        exit_code: and with which exit code it ends; 0: it can go on.
+    """
+
+    alike: dict[str, Any]
+    refusal: str = ""
+    exit_code: int = 0
+
+
+def difference(said: list[Said]) -> InputError | None:
+    """Why workers cannot go on: what one of them refuses, else where they differ, if at all."""
+    for rank, one in enumerate(said):
+        if one.exit_code:
+            kind = LockedError if one.exit_code == LOCKED else InputError
+            return kind(f"worker {rank}: {one.refusal}")
+    for rank, one in enumerate(said[1:], start=1):
+        for name in sorted(said[0].alike | one.alike):
+            if one.alike.get(name) != said[0].alike.get(name):
+                return InputError(
+                    f"worker {rank} has {name} {one.alike.get(name)}, worker 0"
+                    f" {said[0].alike.get(name)}; expected the same flags on all workers, and"
+                    " folders that they share"
+                )
+    return None
+
+
+def cluster_workers(text: str | None) -> list[str]:
+    """The addresses of the workers in TF_CONFIG, the chief first; [] where it is not set.
+
+    Args:
+        text: as Vertex AI sets it, ``{"cluster": {"worker": ["host:port", ...]},
+            "task": {"type": "worker", "index": 0}}``; a ``chief`` may stand beside.
+
+    Raises:
+        InputError: it is something else, or this process is to be something else.
+    """
+    if not text:
+        return []
+
+    def refuse(expected: str) -> InputError:
+        return InputError(f"TF_CONFIG {text!r}: expected {expected}")
+
+    try:
+        content = json.loads(text)
+        cluster, task = content.get("cluster", {}), content.get("task", {})
+        others = sorted(set(cluster.keys()) - {"chief", "worker"})
+        jobs = {kind: cluster.get(kind, []) for kind in ("chief", "worker")}
+        rank, kind = task.get("index", 0), task.get("type", "worker")
+    except (ValueError, AttributeError):
+        raise refuse(
+            '{"cluster": {"worker": [...]}, "task": {"type": "worker", "index": 0}}'
+        ) from None
+    if not all(
+        isinstance(hosts, list) and all(isinstance(host, str) and ":" in host for host in hosts)
+        for hosts in jobs.values()
+    ):
+        raise refuse("addresses like host:port in its cluster")
+    if others:
+        raise refuse(f"a cluster of chief and worker alone, not {others[0]}")
+    if not cluster:
+        return []
+    if kind not in list(jobs) or type(rank) is not int or not 0 <= rank < len(jobs[kind]):
+        raise refuse(f"its task to be one of its cluster, not {kind} {rank}")
+    return jobs["chief"] + jobs["worker"]

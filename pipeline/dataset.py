@@ -303,14 +303,14 @@ def load_manifest(directory: storage.Place) -> Manifest:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def check_files(directory: storage.Place, manifest: Manifest, split: str) -> None:
-    """Checks that the files of a split are there, by their sizes alone: without reading them.
+def check_files(directory: storage.Place, manifest: Manifest, *splits: str) -> None:
+    """Checks that the files of some splits are there, by their sizes alone: without reading them.
 
     Raises:
         InputError: one is missing or has another size than the manifest says.
     """
     sizes = storage.sizes(directory)
-    for shard in manifest.splits[split].shards:
+    for shard in (shard for split in splits for shard in manifest.splits[split].shards):
         path = directory / shard.file
         if shard.file not in sizes:
             raise InputError(f"{path}: missing; the manifest names it")

@@ -67,8 +67,7 @@ def _require_same(directory: storage.Place, identity: str, max_quarantined: floa
     """Makes sure that the dataset in a folder is whole and is the one that was asked for."""
     manifest = load_manifest(directory)
     try:
-        for split in SPLITS:
-            check_files(directory, manifest, split)
+        check_files(directory, manifest, *SPLITS)
     except InputError as error:
         raise InputError(f"{error}; --overwrite makes it anew") from None
     require_few(manifest, max_quarantined)

@@ -368,29 +368,27 @@ def test_a_missing_or_cut_file_is_told_before_any_device_is_used(
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
-def empty(split):
-    split |= {"num_examples": 0, "label_counts": [0] * 10}
-    split["shards"] = [shard | {"num_examples": 0} for shard in split["shards"]]
+def without_examples(small_dataset, folder, split):
+    """A copy of a dataset, whole but for one split that has no records."""
+    dataset = shutil.copytree(small_dataset, folder)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    changed = manifest["splits"][split]
+    changed |= {"num_examples": 0, "label_counts": [0] * 10}
+    changed["shards"] = [shard | {"num_examples": 0} for shard in changed["shards"]]
+    left = [Shard(**shard) for each in manifest["splits"].values() for shard in each["shards"]]
+    manifest["dataset_id"] = dataset_id(left, manifest["class_names"])
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    return dataset
 
 
 def test_a_dataset_without_train_examples_is_refused(small_dataset, tmp_path):
-    dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    empty(manifest["splits"]["train"])
-    left = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
-    manifest["dataset_id"] = dataset_id(left, manifest["class_names"])
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    dataset = without_examples(small_dataset, tmp_path / "dataset", "train")
     with pytest.raises(InputError, match="its train split has no examples"):
         execute(dataset, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
 def test_patience_without_a_validation_split_is_refused(small_dataset, tmp_path):
-    dataset = shutil.copytree(small_dataset, tmp_path / "dataset")
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    empty(manifest["splits"]["validation"])
-    left = [Shard(**shard) for split in manifest["splits"].values() for shard in split["shards"]]
-    manifest["dataset_id"] = dataset_id(left, manifest["class_names"])
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    dataset = without_examples(small_dataset, tmp_path / "dataset", "validation")
     with pytest.raises(InputError, match=r"--patience 2: expected 0, as .* has no validation"):
         execute(dataset, tmp_path / "run", patience=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from trainer.sources import open_source, resolve_input
 from trainer.stop import StopSignal
 from trainer.strategy import join, make_strategy, told_of_others
 from trainer.trained import Splits, Trained, build, evaluation_batch
-from trainer.workers import cluster_workers
+from trainer.workers import in_cluster
 
 CHECKED_IMAGES = 64  # that a fresh process is asked about
 
@@ -59,8 +58,8 @@ def execute(
         InputError: the dataset or the run folder is not what it should be.
         LockedError: another process trains in this folder.
     """
-    if len(cluster_workers(os.environ.get("TF_CONFIG"))) < 2:
-        check_splits(dataset_dir, load_manifest(dataset_dir), config)  # before any device is used
+    # Before any device is used; but one of several workers has to join the others first.
+    manifest = None if in_cluster() else _open_dataset(dataset_dir, config)
     with contextlib.ExitStack() as held:
         held.enter_context(told_of_others(stop))
         strategy = make_strategy(config.replicas, tf32=config.tf32)
@@ -68,8 +67,7 @@ def execute(
         workers = join(strategy)
         stop.with_others = not workers.alone
         with workers.together() as alike:
-            manifest = load_manifest(dataset_dir)
-            check_splits(dataset_dir, manifest, config)
+            manifest = manifest or _open_dataset(dataset_dir, config)
             if workers.is_chief:
                 run_folder.require_writable(places)
             config = _resolve(config, strategy, manifest)
@@ -157,15 +155,15 @@ def _resolve(
     )
 
 
-def check_splits(directory: Path, manifest: Manifest, config: TrainConfig) -> None:
-    """Checks the splits and their files by size alone, before the machinery starts.
+def _open_dataset(directory: Path, config: TrainConfig) -> Manifest:
+    """Reads the manifest, and checks the splits and their files by size alone.
 
     Raises:
-        InputError: a file is missing or has another size than the manifest says, or there is
-            nothing to train on or to judge by.
+        InputError: there is no valid manifest, a file is missing or has another size than it says,
+            or there is nothing to train on or to judge by.
     """
-    for split in ("train", "validation"):
-        check_files(directory, manifest, split)
+    manifest = load_manifest(directory)
+    check_files(directory, manifest, "train", "validation")
     if not manifest.splits["train"].num_examples:
         raise InputError(f"{directory}: its train split has no examples")
     if config.patience and not manifest.splits["validation"].num_examples:
@@ -173,6 +171,7 @@ def check_splits(directory: Path, manifest: Manifest, config: TrainConfig) -> No
             f"--patience {config.patience}: expected 0, as {directory} has no validation split"
             " to judge by"
         )
+    return manifest
 
 
 def open_splits(config: TrainConfig, directory: Path, manifest: Manifest) -> Splits:

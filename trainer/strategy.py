@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 from pipeline.command import InputError
 from trainer.stop import StopSignal
-from trainer.workers import EndedError, Workers, cluster_workers
+from trainer.workers import EndedError, Workers, in_cluster
 
 
 def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.Strategy:
@@ -34,7 +33,7 @@ def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:  # some of their kernels add up in any order otherwise
         tf.config.experimental.enable_op_determinism()
-    if len(cluster_workers(os.environ.get("TF_CONFIG"))) > 1:
+    if in_cluster():
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
         if replicas not in (None, strategy.num_replicas_in_sync):
             raise InputError(
@@ -106,7 +105,7 @@ def told_of_others(stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except PEER_ERRORS as error:
-        if len(cluster_workers(os.environ.get("TF_CONFIG"))) < 2:
+        if not in_cluster():
             raise
         raise EndedError(stopped=stop.received) from error
 

@@ -26,7 +26,7 @@ from trainer.checks import configure
 from trainer.config import PRESETS, TrainConfig, choices
 from trainer.run_folder import VERTEX, Places
 from trainer.stop import StopSignal
-from trainer.workers import cluster_workers
+from trainer.workers import in_cluster
 
 PROG = "trainer.task"
 SETTINGS = [field for field in dataclasses.fields(TrainConfig) if field.name != "preset"]
@@ -167,7 +167,7 @@ def execute(config: TaskConfig) -> int:
     with StopSignal() as stop:
         # The likeliest mistakes, and that nothing is to be done, are told before TensorFlow
         # loads; but one of several workers has to join the others first, to tell them as well.
-        if len(cluster_workers(os.environ.get("TF_CONFIG"))) < 2:
+        if not in_cluster():
             manifest = load_manifest(config.dataset_dir)
             asked = run_folder.describe(config.train, manifest.dataset_id, devices=None)
             run_folder.check_same_run(config.places, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -92,6 +93,11 @@ def difference(said: list[Said]) -> InputError | None:
                     " folders that they share"
                 )
     return None
+
+
+def in_cluster() -> bool:
+    """Whether TF_CONFIG makes this process one of several workers; raises as `cluster_workers`."""
+    return len(cluster_workers(os.environ.get("TF_CONFIG"))) > 1
 
 
 def cluster_workers(text: str | None) -> list[str]:

@@ -175,6 +175,21 @@ def test_reproducible_gives_the_same_bits_on_any_number_of_replicas(trained, rep
             assert found["slots"] == [expected["slots"][0]] * replicas
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize("preset", ["accurate", "core", "compact"])
+def test_reproducible_gives_the_same_bits_of_a_whole_preset(small_dataset, tmp_path, preset):
+    found = set()
+    for replicas in (1, 2, 4):
+        run = tmp_path / str(replicas)
+        flags = ["--preset", preset, "--reproducible", "--replicas", replicas, "--epochs", 2]
+        calm = ["--calm_epochs", 1] if preset == "accurate" else []
+        folders = ["--dataset_dir", small_dataset, "--run_dir", run]
+        done = helpers.run_cli("trainer.task", *folders, *flags, *calm, env=NO_GPU)
+        assert done.returncode == 0, done.stderr
+        found.add(json.loads((run / "export" / "model.json").read_text())["weights_sha256"])
+    assert len(found) == 1
+
+
 def test_a_validation_is_the_tree_of_compiled_shards():
     """Bit for bit: what is compiled does not depend on how a device's kernels cut their sums."""
     import tensorflow as tf

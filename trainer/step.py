@@ -42,8 +42,8 @@ def make_train_steps(
 
     Each replica updates its own copy of the weights: equal copies and equal gradients stay
     equal. What XLA compiles is pure and gets all values as arguments, because a variable
-    captured by it would be that of the first replica. Only where a single shard leaves nothing
-    to be summed is the loop over the steps compiled whole.
+    captured by it would be that of the first replica. On a single replica nothing is sent to
+    others, so there the loop over the steps is compiled whole; the numbers come out the same.
 
     Args:
         strategy: its scope holds the variables.
@@ -83,7 +83,7 @@ def make_train_steps(
         update.assign(UpdateState(*state))
         return Totals(*sums)
 
-    whole = shards == 1
+    whole = strategy.num_replicas_in_sync == 1
     return _loop(strategy, step, source, config.batch_size, config.steps_per_call, whole=whole)
 
 

@@ -64,28 +64,37 @@ DOWNLOADS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a command took: seconds by the clock and of processor, peak memory in MiB."""
+    """What a command took: seconds by the clock and of processor, peak memory in MiB.
+
+    Attributes:
+        log: what it wrote to stderr.
+    """
 
     wall: float
     cpu: float
     peak: float
+    log: str = ""
 
 
 def timed(*command: str | Path) -> Usage:
     """Runs a command to its end, silently."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command[:4]))} ended with {process.returncode}")
-    return Usage(
-        wall=time.perf_counter() - started,
-        cpu=usage.ru_utime + usage.ru_stime,
-        peak=usage.ru_maxrss / 1024,
-    )
+    with tempfile.TemporaryFile("w+") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=log
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{' '.join(map(str, command[:4]))} ended with {process.returncode}")
+        log.seek(0)
+        return Usage(
+            wall=wall,
+            cpu=usage.ru_utime + usage.ru_stime,
+            peak=usage.ru_maxrss / 1024,
+            log=log.read(),
+        )
 
 
 def preprocess(idx: Path, output: Path, *flags: str) -> Usage:

@@ -1,7 +1,6 @@
 """The contestants of `benchmarks.train`: each gives a function that trains one epoch.
 
-All start from the weights that this trainer draws, and, but for Keras, which shuffles for
-itself, take the same batches in the same order.
+All start from the weights that this trainer draws, and take the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -88,13 +87,21 @@ def keras(work: Work, **options: Any) -> Epoch:
     """Keras `fit`."""
     import tensorflow as tf
 
+    from trainer import data
+
     dense = tf.keras.layers.Dense
     hidden = [dense(width, activation="relu") for width in work.hidden]
     model = tf.keras.Sequential([tf.keras.Input((784,)), *hidden, dense(10)])
     model.set_weights(first_weights(work))
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"], **options)
-    return lambda _: model.fit(work.images, work.labels, batch_size=BATCH, epochs=1, verbose=0)
+
+    def epoch(number: int) -> None:
+        rows = data.epoch_order(CORE.seed, number, len(work.labels))
+        images, labels = work.images[rows], work.labels[rows]
+        model.fit(images, labels, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
+
+    return epoch
 
 
 def jax(work: Work) -> Epoch | None:

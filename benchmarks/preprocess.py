@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -179,21 +179,33 @@ def opened(path: Path) -> IO[bytes]:
     return path.open("wb")
 
 
-def grow(idx: Path, output: Path, scale: int, rows: int = 60_000, *, zipped: bool = False) -> None:
-    """Writes plain IDX files of `scale` times (the first `rows` images of each part of) MNIST."""
-    output.mkdir()
+def grow(
+    idx: Path,
+    output: Path,
+    scale: int,
+    rows: int = 60_000,
+    *,
+    zipped: bool = False,
+    grown: Sequence[str] = ("train", "t10k"),
+) -> None:
+    """Writes plain IDX files of `scale` times (the first `rows` images of each part of) MNIST.
+
+    A part that is not to be `grown` is taken once.
+    """
+    output.mkdir(exist_ok=True)
     for part in ("train", "t10k"):
+        times = scale if part in grown else 1
         images = read_idx(idx / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)[:rows]
         labels = read_idx(idx / f"{part}-labels-idx1-ubyte.gz", 8)[:rows]
         size = len(labels)
         ending = ".gz" if zipped else ""
         with opened(output / f"{part}-images-idx3-ubyte{ending}") as file:
-            file.write(struct.pack(">4I", 0x803, size * scale, 28, 28))
-            for offset in itertools.islice(shifts(), scale):
+            file.write(struct.pack(">4I", 0x803, size * times, 28, 28))
+            for offset in itertools.islice(shifts(), times):
                 file.write(np.roll(images, offset, axis=(1, 2)).tobytes())
         with opened(output / f"{part}-labels-idx1-ubyte{ending}") as file:
-            file.write(struct.pack(">2I", 0x801, size * scale))
-            for _ in range(scale):
+            file.write(struct.pack(">2I", 0x801, size * times))
+            for _ in range(times):
                 file.write(labels.tobytes())
 
 

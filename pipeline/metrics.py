@@ -14,38 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline import slices
+from pipeline.shown import (
+    ScoredImage,
+    least_confident,
+    lowest_ids,
+    most_confident,
+    rows_to_keep,
+)
+
 NUM_BINS = 15
 FIXED_POINT = 2**32  # sums of reals are kept as integers in this unit
-NUM_MISTAKES = 24
-SAMPLES_PER_CLASS = 8
-
-
-class ScoredImage(NamedTuple):
-    """One image with the model's answer.
-
-    Attributes:
-        id: the record's id.
-        label: the true class.
-        predicted: the class of highest probability, the lowest of several.
-        probabilities: float32 [C] as bytes.
-        pixels: 784 bytes.
-    """
-
-    id: str
-    label: int
-    predicted: int
-    probabilities: bytes
-    pixels: bytes
-
-    @property
-    def confidence(self) -> float:
-        """The probability of the predicted class."""
-        return float(np.frombuffer(self.probabilities, np.float32)[self.predicted])
+PAIRED = ("both", "only_model", "only_baseline", "neither")  # who of two is right
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,31 +38,36 @@ class Counts:
 
     Attributes:
         confusion: int64 [C, C]; rows are true classes, columns predicted ones.
-        log_loss_sum: sum of -ln p(true class), in units of 1 / `FIXED_POINT`.
-        bin_counts: int64 [`NUM_BINS`]; rows by confidence, bins of equal width over [0, 1].
-        bin_correct: int64 [`NUM_BINS`]; how many of them are right.
-        bin_confidence: int64 [`NUM_BINS`]; sum of confidences, in units of 1 / `FIXED_POINT`.
-        mistakes: the most confident wrong answers, at most `NUM_MISTAKES`.
-        samples: for each class the rows of lowest id, at most `SAMPLES_PER_CLASS`.
+        log_loss_sums: of each true class the sum of -ln p(true class), in units of
+            1 / `FIXED_POINT`.
+        bins: int64 [C, `NUM_BINS`, 3]; of each predicted class, by confidence, in bins of equal
+            width over [0, 1]: rows, how many of them are right, and the sum of their
+            confidences, in units of 1 / `FIXED_POINT`.
+        levels: int64 [`slices.MEASURES`, `slices.LEVELS`, 2]; by level of ink and of stroke
+            width: rows, and how many of them are right.
+        mistakes: the most confident wrong answers, at most `shown.NUM_MISTAKES`.
+        uncertain: the least confident right answers, at most `shown.NUM_UNCERTAIN`.
+        samples: for each class the rows of lowest id, at most `shown.SAMPLES_PER_CLASS`.
     """
 
     confusion: np.ndarray
-    log_loss_sum: int
-    bin_counts: np.ndarray
-    bin_correct: np.ndarray
-    bin_confidence: np.ndarray
+    log_loss_sums: tuple[int, ...]
+    bins: np.ndarray
+    levels: np.ndarray
     mistakes: tuple[ScoredImage, ...]
+    uncertain: tuple[ScoredImage, ...]
     samples: tuple[ScoredImage, ...]
 
     def __add__(self, other: Counts) -> Counts:
+        sums = zip(self.log_loss_sums, other.log_loss_sums, strict=True)
         return Counts(
             confusion=self.confusion + other.confusion,
-            log_loss_sum=self.log_loss_sum + other.log_loss_sum,
-            bin_counts=self.bin_counts + other.bin_counts,
-            bin_correct=self.bin_correct + other.bin_correct,
-            bin_confidence=self.bin_confidence + other.bin_confidence,
-            mistakes=_most_confident(self.mistakes + other.mistakes),
-            samples=_lowest_ids(self.samples + other.samples),
+            log_loss_sums=tuple(one + two for one, two in sums),
+            bins=self.bins + other.bins,
+            levels=self.levels + other.levels,
+            mistakes=most_confident(self.mistakes + other.mistakes),
+            uncertain=least_confident(self.uncertain + other.uncertain),
+            samples=lowest_ids(self.samples + other.samples),
         )
 
     @property
@@ -109,16 +98,26 @@ class Counts:
     @property
     def log_loss(self) -> float | None:
         """The mean of -ln p(true class), in nats; None of no rows."""
-        return ratio(self.log_loss_sum, self.num_examples * FIXED_POINT)
+        return mean(sum(self.log_loss_sums), self.num_examples)
 
     @property
     def calibration_error(self) -> float | None:
-        """Expected calibration error: the rows' mean of |accuracy - confidence| of their bin.
+        """`calibration_error` of all rows."""
+        return calibration_error(self.bins.sum(axis=0))
 
-        Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
-        """
-        gaps = np.abs(self.bin_correct * FIXED_POINT - self.bin_confidence)
-        return ratio(int(gaps.sum()), self.num_examples * FIXED_POINT)
+
+def calibration_error(bins: np.ndarray) -> float | None:
+    """Expected calibration error: the rows' mean of |accuracy - confidence| of their bin.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3. Of a class it
+    is that of the rows predicted as it: "sure to 90 %" is a claim about answers. Of the rows that
+    truly are of a class, even a perfectly calibrated model has another share right.
+
+    Args:
+        bins: int64 [`NUM_BINS`, 3], as one class of `Counts.bins`.
+    """
+    gaps = np.abs(bins[:, 1] * FIXED_POINT - bins[:, 2])
+    return mean(int(gaps.sum()), int(bins[:, 0].sum()))
 
 
 def zero_counts(num_classes: int) -> Counts:
@@ -132,7 +131,12 @@ def zero_counts(num_classes: int) -> Counts:
 
 
 def count(
-    labels: np.ndarray, probabilities: np.ndarray, ids: Sequence[str], pixels: np.ndarray
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    ids: Sequence[str],
+    pixels: np.ndarray,
+    *,
+    with_images: bool = True,
 ) -> Counts:
     """Counts a block of scored rows.
 
@@ -141,16 +145,18 @@ def count(
         probabilities: float32 [n, C].
         ids: n record ids.
         pixels: uint8 [n, 784].
+        with_images: whether some of the rows are kept, to be shown.
     """
     num_classes = probabilities.shape[1]
     rows = np.arange(len(labels))
-    predicted = probabilities.argmax(axis=1) if len(labels) else np.zeros(0, np.int64)
+    predicted = predict(probabilities)
     right = predicted == labels
     confidence = probabilities[rows, predicted].astype(np.float64)
     # Float32's smallest normal number bounds the loss of a probability that rounded to zero.
     truth = np.maximum(probabilities[rows, labels], np.finfo(np.float32).tiny).astype(np.float64)
-    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
     confusion = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    losses = np.zeros(num_classes, np.int64)
+    np.add.at(losses, labels, _fixed(-np.log(truth)))
     images = [
         ScoredImage(
             ids[i],
@@ -159,17 +165,60 @@ def count(
             probabilities[i].tobytes(),
             pixels[i].tobytes(),
         )
-        for i in _rows_to_keep(labels, right, confidence, ids)
+        for i in (rows_to_keep(labels, right, confidence, ids) if with_images else ())
     ]
     return Counts(
         confusion=confusion.reshape(num_classes, num_classes).astype(np.int64),
-        log_loss_sum=int(_fixed(-np.log(truth)).sum()),
-        bin_counts=np.bincount(bins, minlength=NUM_BINS).astype(np.int64),
-        bin_correct=np.bincount(bins[right], minlength=NUM_BINS).astype(np.int64),
-        bin_confidence=_sum_by_bin(bins, _fixed(confidence)),
-        mistakes=_most_confident(image for image in images if image.label != image.predicted),
-        samples=_lowest_ids(images),
+        log_loss_sums=tuple(losses.tolist()),
+        bins=_count_bins(predicted, right, confidence, num_classes),
+        levels=_count_levels(pixels, right),
+        mistakes=most_confident(image for image in images if not image.right),
+        uncertain=least_confident(image for image in images if image.right),
+        samples=lowest_ids(images),
     )
+
+
+def predict(probabilities: np.ndarray) -> np.ndarray:
+    """The class of highest probability of each row, the lowest of several: int64 [n]."""
+    return probabilities.argmax(axis=1) if len(probabilities) else np.zeros(0, np.int64)
+
+
+def pair(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Counts which of two models are right on the same rows.
+
+    Args:
+        labels: int64 [n], the true classes.
+        one: float32 [n, C], a model's probabilities.
+        other: float32 [n, C], another's.
+
+    Returns:
+        int64 [C, 4]: rows of each true class by who is right, as `PAIRED` names them.
+    """
+    num_classes = one.shape[1]
+    outcome = 2 * (predict(one) != labels) + (predict(other) != labels)
+    table = np.bincount(labels * len(PAIRED) + outcome, minlength=num_classes * len(PAIRED))
+    return table.reshape(num_classes, len(PAIRED)).astype(np.int64)
+
+
+def _count_bins(
+    predicted: np.ndarray, right: np.ndarray, confidence: np.ndarray, num_classes: int
+) -> np.ndarray:
+    found = np.zeros((num_classes, NUM_BINS, 3), np.int64)
+    numbers = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    columns = (np.ones(len(predicted), np.int64), right.astype(np.int64), _fixed(confidence))
+    np.add.at(found, (predicted, numbers), np.stack(columns, axis=-1))
+    return found
+
+
+def _count_levels(pixels: np.ndarray, right: np.ndarray) -> np.ndarray:
+    found = slices.levels(pixels)
+    tables = [
+        np.stack(
+            [np.bincount(rows, minlength=slices.LEVELS) for rows in (levels, levels[right])], axis=1
+        )
+        for levels in (found[name] for name in slices.MEASURES)
+    ]
+    return np.stack(tables).astype(np.int64)
 
 
 def _fixed(values: np.ndarray) -> np.ndarray:
@@ -177,44 +226,14 @@ def _fixed(values: np.ndarray) -> np.ndarray:
     return np.rint(values * FIXED_POINT).astype(np.int64)
 
 
-def _sum_by_bin(bins: np.ndarray, values: np.ndarray) -> np.ndarray:
-    sums = np.zeros(NUM_BINS, np.int64)
-    np.add.at(sums, bins, values)
-    return sums
-
-
-def _rows_to_keep(
-    labels: np.ndarray, right: np.ndarray, confidence: np.ndarray, ids: Sequence[str]
-) -> list[int]:
-    """The rows of a block that may be shown: a few, so that the rest need not become objects."""
-    wrong = sorted(np.flatnonzero(~right).tolist(), key=lambda i: (-confidence[i], ids[i]))
-    keep = set(wrong[:NUM_MISTAKES])
-    for label in np.unique(labels):
-        keep |= set(
-            sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: ids[i])[
-                :SAMPLES_PER_CLASS
-            ]
-        )
-    return sorted(keep)
-
-
-def _most_confident(images: Iterable[ScoredImage]) -> tuple[ScoredImage, ...]:
-    return tuple(sorted(images, key=lambda image: (-image.confidence, image.id))[:NUM_MISTAKES])
-
-
-def _lowest_ids(images: Iterable[ScoredImage]) -> tuple[ScoredImage, ...]:
-    kept: list[ScoredImage] = []
-    taken: dict[int, int] = {}
-    for image in sorted(images, key=lambda image: (image.label, image.id)):
-        taken[image.label] = taken.get(image.label, 0) + 1
-        if taken[image.label] <= SAMPLES_PER_CLASS:
-            kept.append(image)
-    return tuple(kept)
-
-
 def ratio(part: int, whole: int) -> float | None:
     """Part / whole; None where there is nothing to divide by."""
     return part / whole if whole else None
+
+
+def mean(fixed_sum: int, total: int) -> float | None:
+    """The mean of reals whose sum is kept in units of 1 / `FIXED_POINT`; None of nothing."""
+    return ratio(fixed_sum, total * FIXED_POINT)
 
 
 def wilson_interval(

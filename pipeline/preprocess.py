@@ -90,7 +90,7 @@ def write_manifest(
     Raises:
         RuntimeError: rows were lost or written twice.
     """
-    from pipeline.shards import make_manifest
+    from pipeline.shards import make_manifest, merge_statistics
 
     manifest = make_manifest(
         written,
@@ -107,6 +107,9 @@ def write_manifest(
             f"{expected} rows in the source, {num_read} read, {in_splits} written,"
             f" {set_aside} quarantined, {manifest.dropped} dropped"
         )
+    # To be completed once the pipeline has ended; what the workers know has no other way there.
+    content = json.dumps({"statistics": merge_statistics(written)})
+    storage.write_atomic(job.directory / METRICS_NAME, content)
     storage.write_atomic(job.directory / MANIFEST_NAME, manifest_json(manifest))
 
 
@@ -179,7 +182,8 @@ def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
         # Here, and not in the graph: what a worker process raises comes with Beam's traceback.
         existing.require_few(manifest, config.max_quarantined)
         _require_examples({name: split.num_examples for name, split in manifest.splits.items()})
-        content = {"fingerprint": identity} | dataclasses.asdict(metrics)
+        statistics = json.loads((staging / METRICS_NAME).read_text())
+        content = {"fingerprint": identity} | dataclasses.asdict(metrics) | statistics
         storage.write_atomic(staging / METRICS_NAME, json.dumps(content, indent=2) + "\n")
     log.info("%s\n%s", summary(config.output_dir, manifest), work_done(metrics))
 

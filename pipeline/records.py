@@ -119,7 +119,8 @@ def encode_record(pixels: bytes, label: int, record_id: str) -> bytes:
     )
 
 
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+def read_varint(data: memoryview | bytes, at: int) -> tuple[int, int]:
+    """Reads an integer of variable length; returns it and where it ends."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -134,8 +135,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yields (field number, content) of a message that has only length-delimited fields."""
     at = 0
     while at < len(data):
-        tag, at = _read_varint(data, at)
-        length, at = _read_varint(data, at)
+        tag, at = read_varint(data, at)
+        length, at = read_varint(data, at)
         if tag & 7 != 2 or at + length > len(data):
             raise ValueError("not a record of this format")
         yield tag >> 3, data[at : at + length]
@@ -156,7 +157,7 @@ def decode_record(data: bytes) -> Record:
                 ((_, values),) = _fields(feature)
                 ((_, found[bytes(name).decode("ascii")]),) = _fields(values)
         image = np.frombuffer(found["image"], "<f4")
-        label, end = _read_varint(found["label"], 0)
+        label, end = read_varint(found["label"], 0)
         record = Record(image, label, bytes(found["id"]).decode("ascii"))
     except (KeyError, IndexError, UnicodeDecodeError, ValueError):
         raise ValueError("not a record of this format") from None
@@ -169,7 +170,8 @@ def decode_record(data: bytes) -> Record:
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 
 
-def _masked_crc(data: bytes) -> int:
+def masked_crc(data: bytes) -> int:
+    """The checksum that a frame holds of its content."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -180,9 +182,9 @@ def frame(record: bytes) -> bytes:
     return b"".join(
         (
             length,
-            struct.pack("<I", _masked_crc(length)),
+            struct.pack("<I", masked_crc(length)),
             record,
-            struct.pack("<I", _masked_crc(record)),
+            struct.pack("<I", masked_crc(record)),
         )
     )
 
@@ -214,7 +216,7 @@ def encode_frames(pixels: np.ndarray, labels: np.ndarray, ids: Sequence[str]) ->
     at = empty.index(bytes(4 * NUM_PIXELS))
     records[:, at : at + 4 * NUM_PIXELS] = SCALE_TABLE[pixels].astype("<f4").view(np.uint8)
     records[:, -1] = labels
-    checks = [_masked_crc(record.tobytes()) for record in records]
+    checks = [masked_crc(record.tobytes()) for record in records]
     table[:, -4:] = np.array(checks, "<u4")[:, None].view(np.uint8)
     return table.tobytes()
 
@@ -232,8 +234,8 @@ def read_frames(data: bytes, name: str) -> Iterator[bytes]:
         record, check = data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size]
         if (
             len(check) != 4
-            or struct.unpack("<I", header[8:])[0] != _masked_crc(header[:8])
-            or struct.unpack("<I", check)[0] != _masked_crc(record)
+            or struct.unpack("<I", header[8:])[0] != masked_crc(header[:8])
+            or struct.unpack("<I", check)[0] != masked_crc(record)
         ):
             raise InputError(f"{name}: damaged at byte {at}; expected a whole TFRecord frame")
         yield record
@@ -282,17 +284,26 @@ def iter_records(directory: Place, shard: Shard) -> Iterator[Record]:
     Raises:
         InputError: the file is damaged or is not what the manifest says.
     """
-    path = str(directory / shard.file)
+    data = read_shard(directory, shard)
+    yield from parse_records(data, str(directory / shard.file), shard.num_examples)
+
+
+def parse_records(data: bytes, name: str, expected: int) -> Iterator[Record]:
+    """Decodes the content of a file, one record after the other.
+
+    Raises:
+        InputError: a record is damaged, or there are not as many as expected.
+    """
     count = 0
-    for data in read_frames(read_shard(directory, shard), path):
+    for frame_content in read_frames(data, name):
         try:
-            record = decode_record(data)
+            record = decode_record(frame_content)
         except ValueError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{name}: {error}") from None
         count += 1
         yield record
-    if count != shard.num_examples:
-        raise InputError(f"{path}: {count} records, the manifest says {shard.num_examples}")
+    if count != expected:
+        raise InputError(f"{name}: {count} records, the manifest says {expected}")
 
 
 def read_records(directory: Place, shard: Shard) -> list[Record]:

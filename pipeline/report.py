@@ -1,4 +1,4 @@
-"""From counts to what people read: report.json, CSV tables, a table of text, and the page.
+"""From counts to what people read: report.json, CSV tables, and a table of text.
 
 `build_report` computes every number once; the other functions only lay them out.
 
@@ -6,34 +6,56 @@ Synopsis::
 
     report = build_report(counts, manifest=manifest, model=model, split="test", baseline=None)
     print(text_table(report))
-    page = render_html(report, manifest=manifest, model=model, curves=curves, counts=counts)
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
-from pipeline.command import InputError
-from pipeline.dataset import SPLITS, Manifest
-from pipeline.metrics import Counts, ScoredImage, ratio, wilson_interval
+from pipeline import drift, slices
+from pipeline.dataset import Manifest
+from pipeline.metrics import (
+    PAIRED,
+    Counts,
+    calibration_error,
+    mean,
+    ratio,
+    wilson_interval,
+)
 
 MAX_CONFUSED = 10
 MAX_NAME = 30  # characters of a class name in the table for the terminal
-MAX_SAMPLES = 400  # images on the page, however many classes there are
 
 _CLASS_COLUMNS = ("label", "name", "support", "correct", "accuracy")
 _RATE_COLUMNS = ("precision", "recall", "f1")
+_LOSS_COLUMNS = ("log_loss", "calibration_error")
 
 
 # The numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Another model on the same rows.
+
+    Attributes:
+        model: its ``model.json``.
+        counts: its own.
+        paired: int64 [C, 4], `metrics.pair` of the model that the report is about with it.
+        data: `drift.data_of` the dataset that it was judged on, where that is known.
+    """
+
+    model: dict[str, Any]
+    counts: Counts
+    paired: np.ndarray
+    data: dict[str, Any] | None = None
 
 
 def build_report(
@@ -42,7 +64,11 @@ def build_report(
     manifest: Manifest,
     model: dict[str, Any],
     split: str,
-    baseline: tuple[dict[str, Any], Counts] | None,
+    baseline: Compared | None,
+    others: Sequence[Compared] = (),
+    histograms: dict[str, Any] | None = None,
+    test_id: str | None = None,
+    challengers_before: int | None = None,
 ) -> dict[str, Any]:
     """Computes the content of ``report.json``.
 
@@ -51,23 +77,34 @@ def build_report(
         manifest: of the dataset evaluated.
         model: the model's ``model.json``.
         split: what was evaluated.
-        baseline: ``model.json`` and counts of another model on the same rows.
+        baseline: the model that this one is to be no worse than.
+        others: more models, to compare.
+        histograms: of each split, as `drift.load_histograms` reads them.
+        test_id: `tally.make_test_id` of the rows.
+        challengers_before: how many models the same rows have judged before, if that is known.
     """
     names = [_printable(name) for name in manifest.class_names]
+    data = drift.data_of(manifest, histograms or {})
     return {
         "dataset_id": manifest.dataset_id,
         "model_id": model["model_id"],
         "split": split,
+        "test_id": test_id,
+        "challengers_before": challengers_before,
         "num_examples": counts.num_examples,
-        "correct": counts.correct,
-        "accuracy": counts.accuracy,
-        "accuracy_ci95": _interval(counts.correct, counts.num_examples),
-        "log_loss": counts.log_loss,
-        "per_class": [_class_row(counts.confusion, i, name) for i, name in enumerate(names)],
+        **_overall(counts),
+        "per_class": _per_class(counts, names),
         "confusion_matrix": counts.confusion.tolist(),
+        "confusion_rates": _rates(counts.confusion),
         "most_confused": _most_confused(counts.confusion),
-        "calibration_error": counts.calibration_error,
-        "baseline": _baseline(*baseline) if baseline else None,
+        "reliability": _reliability(counts.bins.sum(axis=0)),
+        "slices": _slices(counts.levels),
+        "data": data,
+        "lineage": _lineage_of(manifest, model),
+        "baseline": baseline
+        and _compared(baseline, names)
+        | {"drift": baseline.data and drift.drift(data, baseline.data)},
+        "others": [_compared(other, names) for other in others],
     }
 
 
@@ -82,11 +119,29 @@ def _interval(correct: int, total: int) -> list[float] | None:
     return list(interval) if interval else None
 
 
-def _class_row(confusion: np.ndarray, label: int, name: str) -> dict[str, Any]:
-    """One entry of ``per_class``; what has no denominator is None."""
-    correct = int(confusion[label, label])
-    support = int(confusion[label].sum())
-    predicted = int(confusion[:, label].sum())
+def _overall(counts: Counts) -> dict[str, Any]:
+    """What is said of a model as a whole."""
+    return {
+        "correct": counts.correct,
+        "accuracy": counts.accuracy,
+        "accuracy_ci95": _interval(counts.correct, counts.num_examples),
+        "log_loss": counts.log_loss,
+        "calibration_error": counts.calibration_error,
+    }
+
+
+def _per_class(counts: Counts, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [_class_row(counts, label, name) for label, name in enumerate(names)]
+
+
+def _class_row(counts: Counts, label: int, name: str) -> dict[str, Any]:
+    """One entry of ``per_class``; what has no denominator is None.
+
+    Log loss is of the rows of the class, the calibration error of those predicted as it.
+    """
+    correct = int(counts.confusion[label, label])
+    support = int(counts.confusion[label].sum())
+    predicted = int(counts.confusion[:, label].sum())
     return {
         "label": label,
         "name": name,
@@ -97,25 +152,99 @@ def _class_row(confusion: np.ndarray, label: int, name: str) -> dict[str, Any]:
         "precision": ratio(correct, predicted),
         "recall": ratio(correct, support),
         "f1": ratio(2 * correct, support + predicted) if support else None,
+        "log_loss": mean(counts.log_loss_sums[label], support),
+        "calibration_error": calibration_error(counts.bins[label]),
     }
 
 
-def _most_confused(confusion: np.ndarray) -> list[dict[str, int]]:
+def _rates(confusion: np.ndarray) -> list[list[float | None]]:
+    """Each row of a confusion matrix as shares of its rows."""
+    return [[ratio(cell, sum(row)) for cell in row] for row in confusion.tolist()]
+
+
+def _most_confused(confusion: np.ndarray) -> list[dict[str, Any]]:
     """The commonest mistakes, at most `MAX_CONFUSED`, by count, then label, then prediction."""
     pairs = [(int(i), int(j)) for i, j in zip(*np.nonzero(confusion), strict=True) if i != j]
     pairs.sort(key=lambda pair: (-confusion[pair], pair))
     return [
-        {"label": i, "predicted": j, "count": int(confusion[i, j])} for i, j in pairs[:MAX_CONFUSED]
+        {
+            "label": i,
+            "predicted": j,
+            "count": int(confusion[i, j]),
+            "rate": ratio(int(confusion[i, j]), int(confusion[i].sum())),
+        }
+        for i, j in pairs[:MAX_CONFUSED]
     ]
 
 
-def _baseline(model: dict[str, Any], counts: Counts) -> dict[str, Any]:
+def _reliability(bins: np.ndarray) -> list[dict[str, Any]]:
+    """How often answers of about one confidence are right: of each bin, from low to high."""
+    return [
+        {
+            "low": number / len(bins),
+            "high": (number + 1) / len(bins),
+            "count": rows,
+            "accuracy": ratio(right, rows),
+            "confidence": mean(confidence, rows),
+        }
+        for number, (rows, right, confidence) in enumerate(bins.tolist())
+    ]
+
+
+def _slices(levels: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    """The rows by quartiles of each measure: values from `low` on and below `high`."""
     return {
-        "model_id": model["model_id"],
-        "correct": counts.correct,
-        "accuracy": counts.accuracy,
-        "log_loss": counts.log_loss,
+        name: [
+            _slice(table[first : last + 1], first * step, (last + 1) * step)
+            for first, last in slices.quartiles(table[:, 0])
+        ]
+        for name, table in zip(slices.MEASURES, levels, strict=True)
+        for step in [slices.STEPS[name]]
+    }
+
+
+def _slice(table: np.ndarray, low: float, high: float) -> dict[str, Any]:
+    support, correct = table.sum(axis=0).tolist()
+    return {
+        "low": low,
+        "high": high,
+        "support": support,
+        "correct": correct,
+        "accuracy": ratio(correct, support),
+        "ci95": _interval(correct, support),
+    }
+
+
+def _lineage_of(manifest: Manifest, model: dict[str, Any]) -> dict[str, Any]:
+    """Where the data and the model come from; a model from elsewhere may not say."""
+    return {
+        "source": manifest.source,
+        "split_by": manifest.split_by,
+        "quarantined": manifest.quarantined,
+        "dropped": manifest.dropped,
+        "duplicates": {
+            kind: number for kind, number in manifest.duplicates.items() if kind != "examples"
+        },
+        "trained_on": model.get("dataset_id"),
+        **{key: model.get(key) for key in ("preset", "seed", "config", "versions")},
+        "weights_sha256": model.get("weights_sha256"),
+    }
+
+
+def _compared(other: Compared, names: Sequence[str]) -> dict[str, Any]:
+    """One entry of ``others``, and, but for the drift, ``baseline``."""
+    counts = other.counts
+    return {
+        "model_id": other.model["model_id"],
+        "weights_sha256": other.model.get("weights_sha256"),
+        **_overall(counts),
         "per_class_correct": counts.confusion.diagonal().tolist(),
+        "per_class": _per_class(counts, names),
+        "slices": _slices(counts.levels),
+        "paired": [
+            {"label": label, **dict(zip(PAIRED, row, strict=True))}
+            for label, row in enumerate(other.paired.tolist())
+        ],
     }
 
 
@@ -129,12 +258,12 @@ def report_json(report: dict[str, Any]) -> str:
 
 def per_class_csv(report: dict[str, Any]) -> str:
     """The per-class numbers as CSV, in full precision; what is unknown is an empty cell."""
-    header = [*_CLASS_COLUMNS, "ci95_low", "ci95_high", *_RATE_COLUMNS]
+    header = [*_CLASS_COLUMNS, "ci95_low", "ci95_high", *_RATE_COLUMNS, *_LOSS_COLUMNS]
     rows = [
         [
             *(row[column] for column in _CLASS_COLUMNS),
             *(row["ci95"] or (None, None)),
-            *(row[column] for column in _RATE_COLUMNS),
+            *(row[column] for column in (*_RATE_COLUMNS, *_LOSS_COLUMNS)),
         ]
         for row in report["per_class"]
     ]
@@ -176,7 +305,20 @@ def text_table(report: dict[str, Any]) -> str:
         numbers = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         return "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
 
-    return "\n".join([line(header), rule, *map(line, rows), rule, line(overall)]) + "\n"
+    compared = [_side_by_side(report["baseline"], "the baseline")] if report["baseline"] else []
+    compared += [_side_by_side(other, "model") for other in report["others"]]
+    return "\n".join([line(header), rule, *map(line, rows), rule, line(overall), *compared]) + "\n"
+
+
+def _side_by_side(other: dict[str, Any], what: str) -> str:
+    """A line on another model of the same images."""
+    ours, theirs = (
+        sum(row[key] for row in other["paired"]) for key in ("only_model", "only_baseline")
+    )
+    return (
+        f"{what} {other['model_id'][:8]}: {other['correct']} correct;"
+        f" {ours} images right here alone, {theirs} there alone"
+    )
 
 
 def _text_cells(
@@ -190,175 +332,9 @@ def _text_cells(
     return short, str(images), str(correct), f"{100 * correct / images:.2f}", f"{low} - {high}"
 
 
-# The page
+# In words
 
 
 def title(manifest: Manifest) -> str:
     """Says in words what the images are."""
     return str(manifest.source.get("title") or manifest.source.get("kind") or "images")
-
-
-def require_page_libraries() -> None:
-    """Raises InputError where the libraries that `render_html` needs are not installed."""
-    missing = [name for name in ("matplotlib", "jinja2") if not importlib.util.find_spec(name)]
-    if missing:
-        raise InputError(f"report.html needs {' and '.join(missing)}: pip install '.[report]'")
-
-
-def render_html(
-    report: dict[str, Any],
-    *,
-    manifest: Manifest,
-    model: dict[str, Any],
-    curves: list[dict[str, Any]],
-    counts: Counts,
-) -> str:
-    """Renders the page: one file without scripts that asks nothing of any network.
-
-    Args:
-        report: of `build_report`.
-        manifest: of the dataset evaluated.
-        model: the model's ``model.json``; only ``model_id`` must be there.
-        curves: the lines of the trainer's ``metrics.jsonl``, or none.
-        counts: what `report` was built of; its images are shown.
-    """
-    import jinja2
-
-    names = [row["name"] for row in report["per_class"]]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"percent": _percent, "rate": _rate, "probability": _probability}
-    template = resources.files("pipeline").joinpath("report.html.jinja").read_text("utf-8")
-    page = environment.from_string(template).render(
-        title=title(manifest),
-        report=report,
-        names=names,
-        scale=_scale(report),
-        lineage=_lineage(report, manifest, model),
-        config=_pairs(model.get("config") or {}),
-        **_plots(report, manifest, curves, names),
-        **_pictures(counts),
-    )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is in no alphabet
-
-
-def _plots(
-    report: dict[str, Any], manifest: Manifest, curves: list[dict[str, Any]], names: list[str]
-) -> dict[str, Any]:
-    """The template's plots, each an ``<svg>`` element or empty."""
-    from pipeline import plots
-
-    epochs = [int(line.get("epoch", i)) for i, line in enumerate(curves, start=1)]
-    loss, val_loss, accuracy, val_accuracy = (
-        [line.get(key) for line in curves]
-        for key in ("loss", "val_loss", "accuracy", "val_accuracy")
-    )
-    percents = [[None if v is None else 100 * v for v in s] for s in (accuracy, val_accuracy)]
-    filled = {name: manifest.splits[name] for name in SPLITS if manifest.splits[name].num_examples}
-    shares = [[100 * n / s.num_examples for n in s.label_counts] for s in filled.values()]
-    return {
-        "confusion_svg": plots.confusion_matrix(np.array(report["confusion_matrix"]), names),
-        "loss_svg": plots.curves("loss", epochs, (loss, val_loss), 0) if curves else "",
-        "accuracy_svg": plots.curves("accuracy", epochs, percents) if curves else "",
-        "distribution_svg": plots.distribution(shares, names) if filled else "",
-        "validated": any(value is not None for value in val_loss),
-        "splits": filled,
-    }
-
-
-def _pictures(counts: Counts) -> dict[str, Any]:
-    """The template's images: one strip of samples for each class, and each mistake by itself."""
-    from pipeline import plots
-
-    invert = plots.ink_is_bright([image.pixels for image in counts.samples + counts.mistakes])
-    most = max(1, MAX_SAMPLES // counts.num_classes)
-    by_class: dict[int, list[bytes]] = {}
-    for image in counts.samples:
-        by_class.setdefault(image.label, []).append(image.pixels)
-    return {
-        "samples": [
-            {
-                "label": label,
-                "count": len(pixels[:most]),
-                "uri": plots.strip(pixels[:most], invert=invert),
-            }
-            for label, pixels in sorted(by_class.items())
-        ],
-        "mistakes": [
-            _mistake(image, plots.strip([image.pixels], invert=invert)) for image in counts.mistakes
-        ],
-    }
-
-
-def _mistake(image: ScoredImage, uri: str) -> dict[str, Any]:
-    probabilities = np.frombuffer(image.probabilities, np.float32)
-    return {
-        "label": image.label,
-        "predicted": image.predicted,
-        "p_label": float(probabilities[image.label]),
-        "p_predicted": image.confidence,
-        "uri": uri,
-    }
-
-
-def _scale(report: dict[str, Any]) -> float:
-    """Where the accuracy bars start: a round number below every interval."""
-    lows = [row["ci95"][0] for row in report["per_class"] if row["ci95"]]
-    starts = (0.98, 0.95, 0.9, 0.8, 0.5)
-    return next((start for start in starts if lows and start <= min(lows)), 0.0)
-
-
-def _lineage(
-    report: dict[str, Any], manifest: Manifest, model: dict[str, Any]
-) -> list[tuple[str, str]]:
-    """Where the model and the data come from, as pairs of term and value."""
-    trained_on = model.get("dataset_id")
-    rows = [
-        ("dataset", manifest.dataset_id),
-        ("trained on", None if trained_on == manifest.dataset_id else trained_on),
-        ("split by", manifest.split_by),
-        ("quarantined", f"{manifest.quarantined.get('count', 0)}, dropped {manifest.dropped}"),
-        *((f"source {key}", value) for key, value in manifest.source.items()),
-        ("model", report["model_id"]),
-        ("weights sha256", model.get("weights_sha256")),
-        ("preset", model.get("preset")),
-        ("seed", model.get("seed")),
-        ("versions", model.get("versions")),
-        ("compared with", report["baseline"] and report["baseline"]["model_id"]),
-    ]
-    return _pairs({term: value for term, value in rows if value is not None})
-
-
-def _pairs(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Terms and values as text; a nested dict becomes one line of its own items."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
-        return value if isinstance(value, str) else json.dumps(value, default=str)
-
-    return [(term.replace("_", " "), text(value)) for term, value in values.items()]
-
-
-# Numbers as the page shows them
-
-_UNKNOWN = "\N{EN DASH}"
-_PERCENT = "\N{NARROW NO-BREAK SPACE}%"
-
-
-def _percent(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:.2f}{_PERCENT}"
-
-
-def _rate(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{value:.4f}"
-
-
-def _probability(value: float) -> str:
-    """A probability in percent that is never rounded to 0 or to 100."""
-    if 0 < value < 0.0001:
-        return f"< 0.01{_PERCENT}"
-    if 0.9999 < value < 1:
-        return f"> 99.99{_PERCENT}"
-    return _percent(value)

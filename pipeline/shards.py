@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pipeline import slices
 from pipeline.dataset import (
     DUPLICATES,
     FORMAT_VERSION,
@@ -61,6 +62,7 @@ class WrittenShards:
             labels, distinct images both in test and in another split, and distinct images
             both in train and in validation.
         examples: of each kind of image, its lowest ids, at most `NUM_EXAMPLES`.
+        statistics: of each split and each of `slices.MEASURES`, records by level.
         encode_seconds: time spent encoding; no part of what is published.
     """
 
@@ -71,6 +73,7 @@ class WrittenShards:
     blank: int
     duplicates: dict[str, int]
     examples: dict[str, list[str]]
+    statistics: dict[str, slices.Histograms]
     encode_seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
@@ -119,11 +122,12 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Place)
     kept = np.ones(len(rows), bool)
     if options.drop_leaks:
         kept = ~(leaked & (rows["split"] != SPLITS.index("test")))
-    written, labels, encode_seconds = {}, {}, 0.0
+    written, labels, statistics, encode_seconds = {}, {}, {}, 0.0
     for code, split in enumerate(SPLITS):
         chosen = np.flatnonzero(kept & (rows["split"] == code))
         path = directory / shard_name(split, index, options.num_shards, options.compression)
-        written[split], seconds = _write_file(path, rows, occurrences, chosen, options.compression)
+        file = _write_file(path, rows, occurrences, chosen, options.compression)
+        written[split], statistics[split], seconds = file
         encode_seconds += seconds
         values, counts = np.unique(rows["label"][chosen], return_counts=True)
         labels[split] = dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -136,15 +140,21 @@ def write(rows: np.ndarray, index: int, options: ShardOptions, directory: Place)
         blank=int(blank.sum()),
         duplicates=duplicates,
         examples=examples,
+        statistics=statistics,
         encode_seconds=encode_seconds,
     )
 
 
 def _write_file(
     path: Place, rows: np.ndarray, occurrences: np.ndarray, chosen: np.ndarray, compression: str
-) -> tuple[Shard, float]:
-    """Writes the chosen rows, a bounded number at a time; also returns seconds spent encoding."""
+) -> tuple[Shard, slices.Histograms, float]:
+    """Writes the chosen rows, a bounded number at a time.
+
+    Returns:
+        The file, its records by level of ink and stroke width, and seconds spent encoding.
+    """
     digest = hashlib.sha256()
+    statistics = slices.no_rows()
     encoding = 0.0
     with open_atomic(path) as file:
         with _compressed(file, compression) as out:
@@ -157,9 +167,10 @@ def _write_file(
                 encoding += time.monotonic() - started
                 digest.update(content)
                 out.write(content)
+                statistics = slices.added(statistics, slices.histograms(some["pixels"]))
         size = file.tell()
     shard = Shard(file=path.name, num_examples=len(chosen), bytes=size, sha256=digest.hexdigest())
-    return shard, encoding
+    return shard, statistics, encoding
 
 
 @contextlib.contextmanager
@@ -239,6 +250,15 @@ def make_manifest(
         flagged={"blank": sum(part.blank for part in in_order)},
         duplicates=_merge_duplicates(in_order),
     )
+
+
+def merge_statistics(written: Iterable[WrittenShards]) -> dict[str, slices.Histograms]:
+    """Of each split the records by level of ink and stroke width, over all shard numbers."""
+    merged = {split: slices.no_rows() for split in SPLITS}
+    for part in written:
+        for split in SPLITS:
+            merged[split] = slices.added(merged[split], part.statistics[split])
+    return merged
 
 
 def _merge_split(in_order: list[WrittenShards], split: str, num_classes: int) -> Split:

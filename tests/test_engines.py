@@ -39,13 +39,18 @@ ENGINES = {
 }
 
 
-def on_engine(name, entry, output, *args):
-    """Runs the command on an engine; {file: content} of the dataset, and what was counted."""
+def run_on_engine(name, entry, *args):
+    """Runs a command on an engine, to its end."""
     flags, needs = ENGINES[name]
     if needs and not needs.exists():
         pytest.skip(f"{name} is not installed; `make engines` does")
-    done = helpers.run_python(*entry, *args, f"--output_dir={output}", *flags, timeout=600)
+    done = helpers.run_python(*entry, *args, *flags, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def on_engine(name, entry, output, *args):
+    """Runs preprocess on an engine; {file: content} of the dataset, and what was counted."""
+    run_on_engine(name, entry, *args, f"--output_dir={output}")
     files = helpers.tree(output)
     return files, json.loads(files.pop("metrics.json"))
 
@@ -103,6 +108,35 @@ def test_same_bytes_on_every_engine(engine, faulty_sources, expected, tmp_path):
     # An engine may try a step again, and then counts it again: what was done once is a floor.
     for name, count in metrics["counters"].items():
         assert counted["counters"][name] >= count, name
+
+
+@pytest.fixture(scope="session")
+def evaluation(small_dataset, tmp_path_factory):
+    """Flags of an evaluation of three models, and the files it comes to in this process."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    models = [tmp_path_factory.mktemp(f"model{seed}") for seed in (1, 2, 3)]
+    for seed, model in enumerate(models):
+        helpers.export_linear_model(model, seed)
+    flags = (
+        f"--model_dir={models[0]}",
+        f"--baseline_dir={models[1]}",
+        f"--compare_dir={models[2]}",
+        f"--dataset_dir={small_dataset}",
+        "--save_predictions",
+    )
+    run_on_engine("in_process", ("-m", "pipeline.evaluate"), *flags, f"--report_dir={folder}")
+    files = helpers.tree(folder)
+    assert len(files) == 4 + 3
+    return flags, files
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_same_report_on_every_engine(engine, evaluation, tmp_path):
+    flags, files = evaluation
+    run_on_engine(engine, ("-m", "pipeline.evaluate"), *flags, f"--report_dir={tmp_path / 'out'}")
+    found = helpers.tree(tmp_path / "out")
+    assert sorted(found) == sorted(files)
+    assert [name for name in files if found[name] != files[name]] == []
 
 
 @pytest.fixture(scope="session")

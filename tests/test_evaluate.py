@@ -1,42 +1,27 @@
 """Stage 3 with a tiny SavedModel, written here, whose answers can be computed by hand."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_cli, tree
+from helpers import export_linear_model, run_cli, tree
 
-from pipeline import evaluate, inference
+from pipeline import evaluate, inference, options, preprocess
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
-from pipeline.records import SCALE_TABLE, read_records
+from pipeline.records import read_records
 
 
 @pytest.fixture(scope="module")
 def export_model(tmp_path_factory):
     """Makes the folder of a model that knows only a weight matrix [784, C]."""
-    import tensorflow as tf
 
-    class Linear(tf.Module):
-        def __init__(self, weights):
-            super().__init__()
-            self.weights = tf.Variable(weights)
-            self.table = tf.constant(SCALE_TABLE)
-
-        @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="images")])
-        def serve(self, images):
-            x = tf.gather(self.table, tf.cast(tf.reshape(images, [-1, 784]), tf.int32))
-            probabilities = tf.nn.softmax(x @ self.weights)
-            return {"classes": tf.argmax(probabilities, -1), "probabilities": probabilities}
-
-    def make(seed, num_classes=10):
+    def make(seed, num_classes=10, scale=0.1):
         folder = tmp_path_factory.mktemp(f"model{seed}")
-        weights = np.random.default_rng(seed).normal(0, 0.1, (784, num_classes))
-        module = Linear(weights.astype(np.float32))
-        tf.saved_model.save(module, str(folder), signatures=module.serve)
-        (folder / "model.json").write_text(json.dumps({"model_id": f"m{seed}"}))
-        return folder
+        return export_linear_model(folder, seed, num_classes=num_classes, scale=scale)
 
     return make
 
@@ -98,16 +83,165 @@ def test_baseline_is_scored_on_the_same_rows(export_model, small_dataset, tmp_pa
     assert report["correct"] != alone["correct"]
 
 
-def test_the_same_bytes_however_the_rows_are_spread(export_model, small_dataset, tmp_path):
-    model = export_model(1)
-    run(model, small_dataset, tmp_path / "a")
-    done = run_cli(
-        "pipeline.evaluate", "--model_dir", model, "--dataset_dir", small_dataset,
-        "--report_dir", tmp_path / "b", "--direct_num_workers=2",
-        "--direct_running_mode=multi_processing",
-    )  # fmt: skip
+def test_the_same_rows_in_other_files_are_the_same_test_set(
+    export_model, small_idx, small_dataset, tmp_path
+):
+    other = tmp_path / "other"
+    flags = options.PreprocessConfig(sources=(f"idx:{small_idx}",), output_dir=other, num_shards=2)
+    assert preprocess.execute(flags) == 0
+    model, ledger = export_model(1), tmp_path / "runs.jsonl"
+    first = run(model, small_dataset, tmp_path / "a", ledger=ledger, run_id="r")
+    assert (len(first["test_id"]), first["challengers_before"]) == (32, 0)
+    judged = {"outcome": "kept", "test_id": first["test_id"]}
+    lines = [
+        judged | {"run_id": "p"}, judged | {"run_id": "q"}, judged | {"run_id": "r"},
+        judged | {"run_id": "s", "test_id": "another"},
+        judged | {"run_id": "t", "outcome": "failed"},
+    ]  # fmt: skip
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = run(model, other, tmp_path / "b", ledger=ledger, run_id="r")
+    assert again["dataset_id"] != first["dataset_id"]
+    assert (again["test_id"], again["challengers_before"]) == (first["test_id"], 2)
+    other_rows = run(model, other, tmp_path / "b", split="validation", ledger=ledger, run_id="r")
+    assert other_rows["challengers_before"] == 0
+
+
+def test_models_in_one_pass_are_as_each_alone(export_model, small_dataset, tmp_path):
+    one, two, three = (export_model(seed) for seed in (1, 2, 3))
+    report = run(
+        one,
+        small_dataset,
+        tmp_path / "a",
+        baseline_dir=two,
+        compare_dirs=(three, one),
+    )
+    assert (report["challengers_before"], len(report["others"])) == (None, 2)
+    for model, found in (
+        (two, report["baseline"]),
+        *zip((three, one), report["others"], strict=True),
+    ):
+        alone = run(model, small_dataset, tmp_path / "b")
+        for key in ("model_id", "correct", "accuracy_ci95", "log_loss", "calibration_error"):
+            assert found[key] == alone[key]
+        assert found["per_class"] == alone["per_class"]
+        assert found["slices"] == alone["slices"]
+    labels, ours = by_hand(one, small_dataset, "test")
+    _, theirs = by_hand(two, small_dataset, "test")
+    for row in report["baseline"]["paired"]:
+        of_class = labels == row["label"]
+        one_right, two_right = (p.argmax(axis=1)[of_class] == row["label"] for p in (ours, theirs))
+        assert row["only_model"] == (one_right & ~two_right).sum()
+        assert row["only_baseline"] == (~one_right & two_right).sum()
+        assert row["both"] == (one_right & two_right).sum()
+    itself = report["others"][1]["paired"]
+    assert [row["only_model"] + row["only_baseline"] for row in itself] == [0] * 10
+
+
+def test_data_of_the_splits_and_drift(export_model, small_dataset, tmp_path):
+    model, champion = export_model(1), export_model(2)
+    report = run(model, small_dataset, tmp_path / "a", baseline_dir=champion)
+    statistics = json.loads((small_dataset / "metrics.json").read_text())["statistics"]
+    assert report["data"]["splits"]["train"]["ink"] == statistics["train"]["ink"]
+    assert report["baseline"]["drift"] is None
+    # As the registry does, beside a champion that was judged on this very dataset.
+    shutil.copy(tmp_path / "a/report.json", champion)
+    again = run(model, small_dataset, tmp_path / "a", baseline_dir=champion)
+    nothing = {"labels": 0, "ink": 0, "stroke_width": 0}
+    assert again["baseline"]["drift"] == dict.fromkeys(("train", "validation", "test"), nothing)
+
+
+def test_a_dataset_without_statistics(export_model, small_dataset, tmp_path):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset, dataset)
+    (dataset / "metrics.json").unlink()
+    report = run(export_model(1), dataset, tmp_path / "report")
+    assert report["data"]["splits"]["test"]["ink"] is None
+    for measure in ("ink", "stroke_width"):  # from the rows themselves
+        assert sum(row["support"] for row in report["slices"][measure]) == 120
+
+
+WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+
+
+@pytest.fixture(scope="module")
+def compared(export_model, small_dataset, tmp_path_factory):
+    """Flags of an evaluation of three models, and its files."""
+    report = tmp_path_factory.mktemp("compared") / "report"
+    one, two, three = (export_model(seed) for seed in (1, 2, 3))
+    run(
+        one,
+        small_dataset,
+        report,
+        baseline_dir=two,
+        compare_dirs=(three,),
+        save_predictions=True,
+    )
+    flags = [
+        *("--model_dir", one, "--baseline_dir", two, "--compare_dir", three),
+        *("--dataset_dir", small_dataset, "--save_predictions"),
+    ]
+    return flags, tree(report)
+
+
+def test_the_same_bytes_from_several_processes(compared, tmp_path):
+    flags, files = compared
+    done = run_cli("pipeline.evaluate", *flags, "--report_dir", tmp_path / "b", *WORKERS)
     assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "b") == files
+    assert len(files) == 4 + 3
+
+
+def test_saved_predictions_are_the_models(compared, export_model, small_dataset):
+    _, files = compared
+    lines = []
+    for index, shard in enumerate(load_manifest(small_dataset).splits["test"].shards):
+        text = files[f"predictions/predictions-0000{index}-of-00003.jsonl"]
+        found = [json.loads(line) for line in text.splitlines()]
+        assert [line["id"] for line in found] == [r.id for r in read_records(small_dataset, shard)]
+        lines += found
+    labels, probabilities = by_hand(export_model(1), small_dataset, "test")
+    assert [line["label"] for line in lines] == labels.tolist()
+    assert [line["class"] for line in lines] == probabilities.argmax(axis=1).tolist()
+    saved = np.array([line["probabilities"] for line in lines])
+    assert np.abs(saved - probabilities).max() < 1e-6
+    report = json.loads(files["report.json"])
+    assert sum(line["label"] == line["class"] for line in lines) == report["correct"]
+
+
+def test_predictions_are_replaced_whole_or_taken_away(export_model, small_dataset, tmp_path):
+    model = export_model(1)
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/of-another-model.jsonl").write_text("{}\n")
+    run(model, small_dataset, tmp_path, save_predictions=True)
+    names = [f"predictions-0000{index}-of-00003.jsonl" for index in range(3)]
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == names
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    run(model, small_dataset, tmp_path)
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_a_failed_evaluation_leaves_no_predictions_of_its_own(
+    export_model, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(inference, "read_blocks", lambda *args: iter(()))
+    with pytest.raises(RuntimeError):
+        run(export_model(1), small_dataset, tmp_path / "report", save_predictions=True)
+    assert tree(tmp_path) == {}
+
+
+def test_the_same_bytes_in_whatever_order_blocks_come(
+    export_model, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(inference, "ROWS_PER_BLOCK", 7)
+    options = {"baseline_dir": export_model(2), "save_predictions": True}
+    run(export_model(1), small_dataset, tmp_path / "a", **options)
+    read = inference.read_blocks
+    monkeypatch.setattr(inference, "read_blocks", lambda *args: list(read(*args))[::-1])
+    run(export_model(1), small_dataset, tmp_path / "b", **options)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    for numbered in enumerate(load_manifest(small_dataset).splits["test"].shards):
+        firsts = [block.first for block in read(numbered, str(small_dataset))]
+        assert firsts == list(range(0, numbered[1].num_examples, 7)) and len(firsts) > 3
 
 
 def test_a_damaged_shard_is_one_clear_line(export_model, small_dataset, tmp_path):
@@ -122,29 +256,78 @@ def test_a_damaged_shard_is_one_clear_line(export_model, small_dataset, tmp_path
     assert not (tmp_path / "report").exists()
 
 
-def test_a_model_of_other_classes_is_one_clear_line(export_model, small_dataset, tmp_path):
-    with pytest.raises(InputError, match="answers with 7 classes, the dataset has 10"):
-        run(export_model(3, num_classes=7), small_dataset, tmp_path / "report")
+@pytest.mark.parametrize("given_as", ["model_dir", "baseline_dir", "compare_dirs"])
+def test_a_model_of_other_classes_is_told_before_anything_runs(
+    export_model, small_dataset, tmp_path, given_as, monkeypatch
+):
+    monkeypatch.setattr("pipeline.runners.run", None)
+    good, bad = export_model(1), export_model(3, num_classes=7)
+    options = {given_as: (bad,) if given_as == "compare_dirs" else bad}
+    with pytest.raises(InputError, match=f"{bad}: answers with 7 classes, the dataset has 10"):
+        run(options.pop("model_dir", good), small_dataset, tmp_path / "report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("given_as", ["model_dir", "baseline_dir", "compare_dirs"])
+def test_a_model_of_other_class_names_is_told_before_anything_runs(
+    export_model, small_dataset, tmp_path, given_as, monkeypatch
+):
+    monkeypatch.setattr("pipeline.runners.run", None)
+    good, bad = export_model(1), export_model(3)
+    names = [*"012345678", "nine"]
+    description = {"model_id": "m", "dataset": {"class_names": names}}
+    (bad / "model.json").write_text(json.dumps(description))
+    options = {given_as: (bad,) if given_as == "compare_dirs" else bad}
+    with pytest.raises(InputError, match=f"{bad}: label 9 is 'nine', in the dataset it is '9'"):
+        run(options.pop("model_dir", good), small_dataset, tmp_path / "report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+def test_answers_that_are_no_probabilities_are_one_clear_line(
+    export_model, small_dataset, tmp_path
+):
+    bad = export_model(4, scale=np.inf)
+    with pytest.raises(InputError, match=f"{bad}: answers with what are no probabilities"):
+        run(bad, small_dataset, tmp_path / "report")
+
+
+def test_a_model_whose_weights_are_damaged_is_one_clear_line(export_model, small_dataset, tmp_path):
+    bad = export_model(5)
+    weights = bad / "variables/variables.index"
+    weights.write_bytes(weights.read_bytes()[:10])
+    with pytest.raises(InputError, match=f"{bad}: cannot be loaded as a SavedModel: "):
+        run(bad, small_dataset, tmp_path / "report")
+    weights.unlink()
+    with pytest.raises(InputError, match=f"{bad}: no variables/variables.index"):
+        run(bad, small_dataset, tmp_path / "report")
 
 
 def test_a_failed_evaluation_leaves_no_earlier_report(export_model, small_dataset, tmp_path):
-    run(export_model(1), small_dataset, tmp_path)
-    with pytest.raises(InputError):
-        run(export_model(3, num_classes=7), small_dataset, tmp_path)
+    run(export_model(1), small_dataset, tmp_path, save_predictions=True)
+    with pytest.raises(InputError, match="no probabilities"):
+        run(export_model(4, scale=np.inf), small_dataset, tmp_path)
     assert not (tmp_path / "report.json").exists()
+    assert not (tmp_path / "predictions").exists()
 
 
 def test_every_record_has_to_be_scored(export_model, small_dataset, tmp_path, monkeypatch):
     read = inference.read_blocks
     monkeypatch.setattr(inference, "read_blocks", lambda *args: list(read(*args))[:-1])
-    with pytest.raises(RuntimeError, match="0 records scored, the manifest says 120"):
+    shard = load_manifest(small_dataset).splits["test"].shards[0]
+    said = rf"{shard.file}: 0 records scored \(none\); the manifest says {shard.num_examples}"
+    with pytest.raises(RuntimeError, match=said):
         run(export_model(1), small_dataset, tmp_path)
 
 
 @pytest.mark.parametrize(
     "files",
-    [{}, {"model.json": '{"model_id": "x"}'}, {"model.json": "{", "saved_model.pb": ""}],
-    ids=["empty", "no graph", "not JSON"],
+    [
+        {},
+        {"model.json": '{"model_id": "x"}'},
+        {"model.json": '{"model_id": "x"}', "saved_model.pb": ""},
+        {"model.json": "{", "saved_model.pb": ""},
+    ],
+    ids=["empty", "no graph", "no weights", "not JSON"],
 )
 def test_what_is_no_model(small_dataset, tmp_path, files):
     for name, text in files.items():
@@ -154,6 +337,27 @@ def test_what_is_no_model(small_dataset, tmp_path, files):
     assert not (tmp_path / "report").exists()
 
 
+def test_flags():
+    required = ["--model_dir", "m", "--dataset_dir", "d", "--report_dir", "r"]
+    plain = evaluate.EvaluateConfig(
+        model_dir=Path("m"), dataset_dir=Path("d"), report_dir=Path("r"), split="test"
+    )
+    assert evaluate.parse(required) == plain
+    assert plain.others == ()
+    more = ["--split=train", "--baseline_dir=b", "--compare_dir=x", "--compare_dir=y"]
+    given = evaluate.parse([*required, *more, "--ledger=l", "--run_id=i", "--save_predictions"])
+    assert given == dataclasses.replace(
+        plain,
+        split="train",
+        baseline_dir=Path("b"),
+        compare_dirs=(Path("x"), Path("y")),
+        ledger=Path("l"),
+        run_id="i",
+        save_predictions=True,
+    )
+    assert given.others == (Path("b"), Path("x"), Path("y"))
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
@@ -161,6 +365,8 @@ def test_what_is_no_model(small_dataset, tmp_path, files):
         (["--report", "x"], "--report"),
         (["--nonsense"], "--nonsense"),
         (["--report_dir", "s3://bucket/x"], "s3://bucket/x"),
+        (["--ledger", "s3://bucket/x"], "s3://bucket/x"),
+        (["--compare_dir", "s3://bucket/x"], "s3://bucket/x"),
     ],
 )
 def test_bad_command_lines(argv, word, capsys):

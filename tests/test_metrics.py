@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline import metrics
-from pipeline.metrics import NUM_BINS, NUM_MISTAKES, SAMPLES_PER_CLASS, count, zero_counts
+from pipeline.metrics import NUM_BINS, count, zero_counts
+from pipeline.shown import NUM_MISTAKES, NUM_UNCERTAIN, SAMPLES_PER_CLASS
 
 # label, probabilities; predicted 0, 0, 2, 1, 1, 2
 ROWS = [
@@ -52,11 +53,58 @@ def test_log_loss(counts):
     assert counts.log_loss == pytest.approx(sum(losses) / 6, abs=1e-9)
 
 
+def test_log_loss_of_each_class(counts):
+    unit = metrics.FIXED_POINT
+    of_0, of_1, of_2 = (total / unit for total in counts.log_loss_sums)
+    assert of_0 == pytest.approx(math.log(2) - math.log(TINY), abs=1e-9)
+    assert of_1 == pytest.approx(math.log(4) - math.log(0.75), abs=1e-9)
+    assert of_2 == pytest.approx(0 + math.log(4), abs=1e-9)
+
+
 def test_calibration_error(counts):
     # Confidence 0.5: 1 of 3 right; 0.75: 1 of 1; 1: 1 of 2.
     assert counts.calibration_error == pytest.approx((0.5 + 0.25 + 1) / 6, abs=1e-12)
-    assert {i: int(n) for i, n in enumerate(counts.bin_counts) if n} == {7: 3, 11: 1, 14: 2}
-    assert counts.bin_correct[[7, 11, 14]].tolist() == [1, 1, 1]
+    bins = counts.bins.sum(axis=0)
+    assert {i: int(n) for i, n in enumerate(bins[:, 0]) if n} == {7: 3, 11: 1, 14: 2}
+    assert bins[[7, 11, 14], 1].tolist() == [1, 1, 1]
+    assert bins[[7, 11, 14], 2].tolist() == [1.5 * 2**32, 0.75 * 2**32, 2 * 2**32]
+
+
+def test_calibration_error_of_each_class(counts):
+    # Answered 0: right and wrong at 0.5; 1: wrong at 0.5, right at 0.75; 2: right and wrong at 1
+    errors = [metrics.calibration_error(bins) for bins in counts.bins]
+    assert errors == [0, (0.5 + 0.25) / 2, 0.5]
+    assert counts.bins[:, :, 0].sum(axis=1).tolist() == counts.confusion.sum(axis=0).tolist()
+    assert metrics.calibration_error(np.zeros((NUM_BINS, 3), np.int64)) is None
+
+
+def test_rows_by_level_of_ink_and_stroke_width():
+    pixels = np.zeros((4, 784), np.uint8)
+    pixels[0] = 255
+    pixels[1:3] = 130
+    probabilities = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    ink, stroke_width = count(np.array([0, 0, 0, 1]), probabilities, list("abcd"), pixels).levels
+    assert {i: row.tolist() for i, row in enumerate(ink) if row.any()} == {
+        0: [1, 1],
+        130: [2, 1],
+        255: [1, 1],
+    }
+    assert {i: row.tolist() for i, row in enumerate(stroke_width) if row.any()} == {
+        0: [1, 1],
+        224: [3, 2],
+    }
+
+
+def test_who_of_two_is_right():
+    labels = np.array([0, 0, 0, 0, 2, 2])
+    one, other = (
+        np.eye(3, dtype=np.float32)[rows] for rows in ([0, 0, 1, 1, 2, 0], [0, 1, 0, 1, 2, 1])
+    )
+    assert metrics.pair(labels, one, other).tolist() == [[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert metrics.pair(labels, other, one).tolist() == [[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]]
+    # both, only the first, only the second, neither
+    assert metrics.pair(labels[:2], one[:2], other[:2])[0].tolist() == [1, 1, 0, 0]
+    assert metrics.pair(labels[:0], one[:0], other[:0]).tolist() == [[0] * 4] * 3
 
 
 @pytest.mark.parametrize(
@@ -66,13 +114,34 @@ def test_calibration_error(counts):
 def test_bins(confidence, expected):
     rest = np.full(16, (1 - confidence) / 16)
     counted = scored([0], [[confidence, *rest]])
-    assert counted.bin_counts.tolist() == [int(i == expected) for i in range(NUM_BINS)]
+    assert counted.bins[0, :, 0].tolist() == [int(i == expected) for i in range(NUM_BINS)]
+    assert not counted.bins[1:].any()
 
 
 def test_calibration_is_perfect_where_confidence_is_the_share_of_right_answers():
     counted = scored([0, 0, 0, 1], [[0.75, 0.25]] * 4)
     assert counted.calibration_error == 0
     assert counted.accuracy == 0.75
+    assert [metrics.calibration_error(bins) for bins in counted.bins] == [0, None]
+
+
+def test_calibration_of_each_class_where_labels_are_drawn_as_the_model_says():
+    """A calibrated model: what is left is chance, of about sqrt(15 bins * p(1 - p) / rows)."""
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(3), 30_000).astype(np.float32)
+    draws = random.random(30_000)[:, None]
+    labels = (draws > probabilities.cumsum(axis=1)[:, :2]).sum(axis=1)
+    pixels = np.zeros((30_000, 784), np.uint8)
+    counted = count(labels, probabilities, [""] * 30_000, pixels, with_images=False)
+    errors = [metrics.calibration_error(bins) for bins in counted.bins]
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    for label, error in enumerate(errors):
+        sure = confidence[predicted == label].astype(np.float64)
+        right = labels[predicted == label] == label
+        edges = np.ceil(sure * NUM_BINS)
+        gaps = [abs((right - sure)[edges == edge].sum()) for edge in np.unique(edges)]
+        assert error == pytest.approx(sum(gaps) / len(sure), abs=1e-9)
+    assert max(errors) < 0.02
 
 
 def test_of_equal_probabilities_the_lowest_class_is_the_answer():
@@ -83,9 +152,10 @@ def test_of_equal_probabilities_the_lowest_class_is_the_answer():
 def test_no_rows():
     none = zero_counts(4)
     assert none.confusion.tolist() == [[0] * 4] * 4
-    assert (none.num_classes, none.num_examples, none.correct, none.log_loss_sum) == (4, 0, 0, 0)
+    assert (none.num_classes, none.num_examples, none.correct) == (4, 0, 0)
+    assert none.log_loss_sums == (0, 0, 0, 0)
     assert (none.accuracy, none.log_loss, none.calibration_error) == (None, None, None)
-    assert (none.mistakes, none.samples) == ((), ())
+    assert (none.mistakes, none.uncertain, none.samples) == ((), (), ())
 
 
 def test_no_rows_change_nothing(counts):
@@ -105,7 +175,8 @@ def random_rows(size, classes=4, seed=0):
 def test_any_cut_and_any_order_of_merging_give_the_same(seed):
     labels, probabilities, ids = random_rows(400)
     whole = scored(labels, probabilities, ids)
-    assert len(whole.mistakes) == NUM_MISTAKES and len(whole.samples) == 4 * SAMPLES_PER_CLASS
+    assert (len(whole.mistakes), len(whole.uncertain)) == (NUM_MISTAKES, NUM_UNCERTAIN)
+    assert len(whole.samples) == 4 * SAMPLES_PER_CLASS
     random = np.random.default_rng(seed)
     order = random.permutation(400)
     cuts = np.sort(random.integers(0, 401, random.integers(1, 40)))
@@ -132,7 +203,7 @@ def test_merging_leaves_its_parts_alone(counts):
     _ = counts + counts
     assert state(counts) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
-        counts.log_loss_sum = 0
+        counts.log_loss_sums = ()
 
 
 def test_mistakes_are_the_most_confident_wrong_answers():
@@ -154,6 +225,29 @@ def test_mistakes_are_the_most_confident_wrong_answers():
     ]
 
 
+def test_uncertain_are_the_least_confident_right_answers():
+    size = NUM_UNCERTAIN + 6
+    confidence = [0.6] * 3 + [0.9] * (size - 3)
+    ids = [f"{size - i:04x}" for i in range(size)]
+    wrong = [[0.55, 0.45]]
+    counted = scored([0] * size + [1], [[c, 1 - c] for c in confidence] + wrong, [*ids, "0000"])
+    assert [image.id for image in counted.uncertain] == [
+        *sorted(ids[:3]),
+        *sorted(ids[3:])[: NUM_UNCERTAIN - 3],
+    ]
+    assert all(image.right for image in counted.uncertain)
+    assert [image.id for image in counted.mistakes] == ["0000"]
+
+
+def test_counts_without_images_are_the_same_but_for_them():
+    labels, probabilities, ids = random_rows(100)
+    pixels = np.zeros((100, 784), np.uint8)
+    with_images = count(labels, probabilities, ids, pixels)
+    without = count(labels, probabilities, ids, pixels, with_images=False)
+    nothing = {"mistakes": (), "uncertain": (), "samples": ()}
+    assert state(without) == state(with_images) | nothing
+
+
 def test_samples_are_the_lowest_ids_of_each_class():
     size = SAMPLES_PER_CLASS + 3
     ids = [f"{(7 * i) % 97:04x}" for i in range(2 * size)]
@@ -169,7 +263,7 @@ def test_large_sums_are_exact():
     total = functools.reduce(lambda a, b: a + b, [one] * 64)
     for _ in range(30):  # 64 * 2**30 rows: beyond 64 bits in fixed point
         total = total + dataclasses.replace(total, mistakes=(), samples=())
-    assert total.log_loss_sum == one.log_loss_sum * 64 * 2**30 > 2**63
+    assert total.log_loss_sums[1] == one.log_loss_sums[1] * 64 * 2**30 > 2**63
     assert total.log_loss == one.log_loss
 
 

@@ -12,12 +12,12 @@ import helpers
 import numpy as np
 import pytest
 
-from pipeline import dataset, existing, options, preprocess, runners, shards
+from pipeline import dataset, existing, options, preprocess, runners, shards, slices
 from pipeline.command import InputError
 from pipeline.dataset import SPLITS, load_manifest
 from pipeline.options import PreprocessConfig
 from pipeline.preprocess import execute, parse
-from pipeline.records import SCALE_TABLE, image_ids, read_records
+from pipeline.records import SCALE_TABLE, image_ids, read_records, unscale
 from pipeline.sources import idx, open_sources
 from pipeline.splits import make_splitter
 from pipeline.transforms import ROW
@@ -121,7 +121,7 @@ def test_manifest_and_files(small_dataset, small_idx):
 
 def test_metrics(small_dataset, config):
     metrics = json.loads((small_dataset / "metrics.json").read_text())
-    assert list(metrics) == ["fingerprint", "counters", "distributions"]
+    assert list(metrics) == ["fingerprint", "counters", "distributions", "statistics"]
     assert metrics["fingerprint"] == existing.read_fingerprint(small_dataset)
     assert metrics["fingerprint"] == options.fingerprint(config, open_sources(config.sources))
     assert metrics["counters"] == {
@@ -147,6 +147,18 @@ def test_metrics(small_dataset, config):
     for name in ("shard-encode-msec", "shard-write-msec"):
         times = metrics["distributions"][name]
         assert times["count"] == 3 and 0 <= times["min"] <= times["max"] <= times["sum"]
+
+
+def test_statistics_are_of_the_records(small_dataset):
+    statistics = metrics(small_dataset)["statistics"]
+    for name, split in load_manifest(small_dataset).splits.items():
+        records = [
+            record for shard in split.shards for record in read_records(small_dataset, shard)
+        ]
+        pixels = unscale(np.stack([record.image for record in records]))
+        means = pixels.astype(int).sum(axis=1) // 784
+        assert statistics[name]["ink"] == np.bincount(means // 4, minlength=64).tolist()
+        assert statistics[name] == slices.histograms(pixels)
 
 
 def test_records_stand_in_their_shard_by_id(small_dataset):
@@ -466,6 +478,8 @@ def test_leaks_are_dropped(tmp_path):
     manifest = load_manifest(tmp_path / "out")
     assert manifest.dropped == 3
     assert [manifest.splits[split].num_examples for split in SPLITS] == [49, 8, 20]
+    counted = metrics(tmp_path / "out")["statistics"]  # of what was written alone
+    assert [sum(counted[split]["stroke_width"]) for split in SPLITS] == [49, 8, 20]
     found = {split: {r.id[:32] for r in rows} for split, rows in records(tmp_path / "out").items()}
     assert set(names) <= found["test"]
     assert not set(names) & (found["train"] | found["validation"])

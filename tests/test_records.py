@@ -249,7 +249,7 @@ def test_every_cut_inside_a_frame_is_noticed():
 
 def test_frame_that_claims_more_than_there_is():
     length = struct.pack("<Q", 2**63)
-    header = length + struct.pack("<I", codec._masked_crc(length))
+    header = length + struct.pack("<I", codec.masked_crc(length))
     with pytest.raises(InputError, match="damaged at byte 0"):
         list(codec.read_frames(header + b"short", "x"))
 

@@ -2,15 +2,11 @@ import csv
 import dataclasses
 import io
 import json
-import re
-import warnings
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from pipeline import metrics, report
-from pipeline.command import InputError
+from pipeline import dataset, metrics, report
 from pipeline.dataset import Manifest, Split
 from pipeline.records import image_ids
 
@@ -44,7 +40,7 @@ def manifest(names=("a", "b", "c"), title="three kinds of things"):
         quarantined={"count": 0, "by_reason": {}},
         dropped=0,
         flagged={},
-        duplicates={},
+        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
     )
 
 
@@ -59,6 +55,14 @@ def built(confusion, names=("a", "b", "c"), baseline=None):
     )
 
 
+def other(counts, model=MODEL, **fields):
+    """Another model that is right and wrong where the first one is."""
+    paired = np.zeros((counts.num_classes, 4), np.int64)
+    paired[:, 0] = counts.confusion.diagonal()
+    paired[:, 3] = counts.support - paired[:, 0]
+    return report.Compared(model=model, counts=counts, paired=paired, **fields)
+
+
 def scored(num_classes, rows=60):
     """Counts of random answers, with images."""
     rng = np.random.default_rng(0)
@@ -66,41 +70,6 @@ def scored(num_classes, rows=60):
     probabilities = rng.dirichlet(np.ones(num_classes), rows).astype(np.float32)
     labels = rng.integers(0, num_classes, rows)
     return metrics.count(labels, probabilities, image_ids(pixels), pixels)
-
-
-def page(names=("a", "b", "c"), title="three kinds of things", curves=CURVES, model=MODEL):
-    total, about = scored(len(names)), manifest(names, title)
-    content = report.build_report(
-        total, manifest=about, model=model, split="test", baseline=(MODEL, scored(len(names)))
-    )
-    return report.render_html(content, manifest=about, model=model, curves=curves, counts=total)
-
-
-class Elements(HTMLParser):
-    """Collects the elements of a page, and the text in each kind of element."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text, self.open = [], {}, [""]
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        while self.open.pop() != tag:  # elements that have no end tag
-            pass
-
-    def handle_data(self, data):
-        self.text[self.open[-1]] = self.text.get(self.open[-1], "") + data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 # The numbers
@@ -122,21 +91,144 @@ def test_three_classes_by_hand():
 
 
 def test_has_the_fields_of_the_contract():
-    content = built(CONFUSION, baseline=({"model_id": "old"}, counts([[7, 3, 0], *CONFUSION[1:]])))
+    content = built(CONFUSION)
+    assert list(content) == [
+        *("dataset_id", "model_id", "split", "test_id", "challengers_before", "num_examples"),
+        *("correct", "accuracy", "accuracy_ci95", "log_loss", "calibration_error", "per_class"),
+        *("confusion_matrix", "confusion_rates", "most_confused", "reliability", "slices"),
+        *("data", "lineage", "baseline", "others"),
+    ]
     assert content["dataset_id"] == "d" * 32
     assert content["model_id"] == MODEL["model_id"]
     assert content["split"] == "test"
+    assert content["test_id"] is None
     assert content["confusion_matrix"] == CONFUSION
-    assert content["log_loss"] == content["calibration_error"] == 0
-    assert content["baseline"] == {
-        "model_id": "old",
-        "correct": 18,
-        "accuracy": 0.72,
-        "log_loss": 0,
-        "per_class_correct": [7, 6, 5],
-    }
+    assert content["log_loss"] == 0
+    assert content["challengers_before"] is content["baseline"] is None
+    assert content["others"] == []
     assert json.loads(report.report_json(content)) == content
-    assert built(CONFUSION)["baseline"] is None
+
+
+def test_beside_other_models():
+    old = other(counts([[7, 3, 0], *CONFUSION[1:]]), {"model_id": "old", "weights_sha256": "w"})
+    content = report.build_report(
+        counts(CONFUSION),
+        manifest=manifest(),
+        model=MODEL,
+        split="test",
+        baseline=old,
+        others=[old, other(counts(CONFUSION))],
+        test_id="t" * 32,
+        challengers_before=5,
+    )
+    assert (content["test_id"], content["challengers_before"]) == ("t" * 32, 5)
+    found = content["baseline"]
+    assert found["paired"][0] == {
+        "label": 0,
+        "both": 7,
+        "only_model": 0,
+        "only_baseline": 0,
+        "neither": 3,
+    }
+    plain = ("model_id", "weights_sha256", "correct", "accuracy", "log_loss")
+    assert [found[key] for key in plain] == ["old", "w", 18, 0.72, 0]
+    assert found["per_class_correct"] == [7, 6, 5]
+    assert found["per_class"] == built([[7, 3, 0], *CONFUSION[1:]])["per_class"]
+    assert found["accuracy_ci95"] == pytest.approx([0.524234, 0.857161], abs=2e-6)
+    assert found.pop("drift") is None
+    assert content["others"][0] == found
+    assert content["others"][1]["model_id"] == MODEL["model_id"]
+    text = report.text_table(content).splitlines()
+    assert text[-3:] == [
+        "the baseline old: 18 correct; 0 images right here alone, 0 there alone",
+        "model old: 18 correct; 0 images right here alone, 0 there alone",
+        "model 01234567: 19 correct; 0 images right here alone, 0 there alone",
+    ]
+
+
+def test_rates_of_the_confusion_matrix():
+    content = built([[8, 0, 2], [0, 9, 0], [0, 0, 0]])
+    assert content["confusion_rates"] == [[0.8, 0.0, 0.2], [0.0, 1.0, 0.0], [None] * 3]
+    assert content["most_confused"] == [{"label": 0, "predicted": 2, "count": 2, "rate": 0.2}]
+
+
+def test_log_loss_and_calibration_of_each_class():
+    probabilities = np.array([[0.75, 0.25, 0], [0.5, 0.5, 0]], np.float32)
+    total = metrics.count(np.array([0, 1]), probabilities, ["a", "b"], np.zeros((2, 784), np.uint8))
+    content = report.build_report(
+        total, manifest=manifest(), model=MODEL, split="test", baseline=None
+    )
+    a, b, c = content["per_class"]
+    assert a["log_loss"] == pytest.approx(-np.log(0.75), abs=1e-9)
+    assert b["log_loss"] == pytest.approx(-np.log(0.5), abs=1e-9)
+    assert a["calibration_error"] == (0.25 + 0.5) / 2  # of both, for both are answered with it
+    assert (c["log_loss"], b["calibration_error"], c["calibration_error"]) == (None, None, None)
+    filled = [row for row in content["reliability"] if row["count"]]
+    assert filled == [
+        {"low": 7 / 15, "high": 8 / 15, "count": 1, "accuracy": 0, "confidence": 0.5},
+        {"low": 11 / 15, "high": 12 / 15, "count": 1, "accuracy": 1, "confidence": 0.75},
+    ]
+    empty = content["reliability"][0]
+    assert empty == {"low": 0, "high": 1 / 15, "count": 0, "accuracy": None, "confidence": None}
+    assert len(content["reliability"]) == 15
+
+
+def test_slices():
+    pixels = np.zeros((6, 784), np.uint8)
+    pixels[:, :100] = np.array([8, 16, 16, 24, 32, 40])[:, None]  # ink 1, 2, 2, 3, 4, 5
+    probabilities = np.eye(2, dtype=np.float32)[[0, 0, 1, 0, 0, 1]]
+    total = metrics.count(np.zeros(6, int), probabilities, list("abcdef"), pixels)
+    content = report.build_report(
+        total, manifest=manifest(("a", "b")), model=MODEL, split="test", baseline=None
+    )
+    found = content["slices"]["ink"]
+    assert [(row["low"], row["high"], row["support"], row["correct"]) for row in found] == [
+        (1.0, 3.0, 3, 2),
+        (3.0, 5.0, 2, 2),
+        (5.0, 6.0, 1, 0),
+    ]
+    assert [row["accuracy"] for row in found] == [2 / 3, 1, 0]
+    assert found[0]["ci95"] == list(metrics.wilson_interval(2, 3))
+    (only,) = content["slices"]["stroke_width"]  # no pixel is ink
+    assert (only["low"], only["high"], only["support"]) == (0, 1 / 16, 6)
+
+
+def test_data_lineage_and_drift():
+    histogram = [3, *[0] * 62, 3]
+    histograms = {"test": {"ink": histogram, "stroke_width": histogram}}
+    earlier = {"splits": {"test": {"label_counts": [2, 2, 2], "ink": [6, *[0] * 63]}}}
+    content = report.build_report(
+        counts(CONFUSION),
+        manifest=manifest(),
+        model=MODEL | {"dataset_id": "e" * 32},
+        split="test",
+        baseline=other(counts(CONFUSION), data=earlier),
+        histograms=histograms,
+    )
+    splits = content["data"]["splits"]
+    assert splits["test"]["ink"] == splits["test"]["stroke_width"] == histogram
+    assert splits["train"]["ink"] is None
+    assert splits["train"]["label_counts"] == [2, 2, 2]
+    drift = content["baseline"]["drift"]
+    assert drift["test"] == {
+        "labels": 0,
+        "ink": pytest.approx(0.3112781244591328),
+        "stroke_width": None,
+    }
+    assert drift["train"] == {"labels": None, "ink": None, "stroke_width": None}
+    assert content["lineage"] == {
+        "source": {"kind": "idx", "title": "three kinds of things"},
+        "split_by": "positional",
+        "quarantined": {"count": 0, "by_reason": {}},
+        "dropped": 0,
+        "duplicates": dict.fromkeys(dataset.DUPLICATES, 0),
+        "trained_on": "e" * 32,
+        "preset": "core",
+        "seed": 22,
+        "config": None,
+        "versions": None,
+        "weights_sha256": "f" * 64,
+    }
 
 
 def test_a_class_without_support_has_nulls():
@@ -151,21 +243,19 @@ def test_a_class_without_support_has_nulls():
         "precision": 0.0,
         "recall": None,
         "f1": None,
+        "log_loss": None,
+        "calibration_error": None,
     }
     never_predicted = built([[8, 0, 0], [0, 9, 0], [1, 0, 0]])["per_class"][2]
     assert never_predicted["precision"] is None
     assert never_predicted["recall"] == never_predicted["f1"] == 0
 
 
-def test_nothing_evaluated_gives_nulls_and_a_page():
+def test_nothing_evaluated_gives_nulls():
     content = built(np.zeros((3, 3), np.int64))
     assert content["accuracy"] is content["accuracy_ci95"] is content["log_loss"] is None
     assert content["most_confused"] == []
     assert "all         0" in report.text_table(content)
-    about = manifest()
-    report.render_html(
-        content, manifest=about, model=MODEL, curves=[], counts=counts([[0] * 3] * 3)
-    )
 
 
 def test_most_confused_is_ordered_by_count_then_label_then_prediction():
@@ -188,9 +278,12 @@ def test_csv_texts():
     content = built([[8, 0, 2], [0, 9, 0], [0, 0, 0]], names=("a", 'b, "b"', "c"))
     low, high = content["per_class"][0]["ci95"]
     lines = report.per_class_csv(content).split("\n")
-    assert lines[0] == "label,name,support,correct,accuracy,ci95_low,ci95_high,precision,recall,f1"
-    assert lines[1] == f"0,a,10,8,0.8,{low},{high},1.0,0.8,{16 / 18}"
-    assert lines[3:] == ["2,c,0,0,,,,0.0,,", ""]
+    assert lines[0] == (
+        "label,name,support,correct,accuracy,ci95_low,ci95_high,precision,recall,f1"
+        ",log_loss,calibration_error"
+    )
+    assert lines[1] == f"0,a,10,8,0.8,{low},{high},1.0,0.8,{16 / 18},0.0,"
+    assert lines[3:] == ["2,c,0,0,,,,0.0,,,,", ""]
     matrix = report.confusion_matrix_csv(content)
     assert matrix == 'true class,a,"b, ""b""",c\na,8,0,2\n"b, ""b""",0,9,0\nc,0,0,0\n'
     assert next(csv.reader(io.StringIO(matrix)))[2] == 'b, "b"'
@@ -213,111 +306,8 @@ def test_text_table():
     ]
 
 
-# The page
-
-
-def test_title_says_what_the_data_is():
-    title = "the 1,797 8x8 digits that come with scikit-learn (not MNIST)"
-    elements = Elements(page(title=title))
-    assert title in elements.text["title"]
-    assert title in elements.text["h1"]
-
-
-def test_page_is_complete():
-    text = page()
-    elements = Elements(text)
-    assert len(elements.all("svg")) == len(elements.all("figure")) == 4
-    assert all(f["role"] == "img" and f["aria-label"] for f in elements.all("figure"))
-    assert len(elements.all("figcaption")) == 4
-    assert all(image["alt"] for image in elements.all("img"))
-    samples, mistakes = 3, len(scored(3).mistakes)
-    assert len(elements.all("img")) == samples + mistakes
-    for value in (*MODEL.values(), "d" * 32):
-        assert str(value) in text
-    assert len(text) < 400_000
-
-
-def test_page_asks_nothing_of_a_network():
-    text = page()
-    for _, attributes in Elements(text).elements:
-        for name, value in attributes.items():
-            if name in ("src", "href", "srcset", "action", "data", "poster"):
-                assert value.startswith(("data:image/png;base64,", "#"))
-    assert not re.search(r"https?://|@import", text)
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
-
-
-def test_ids_are_unique_and_references_resolve():
-    text = page()
-    ids = [attributes["id"] for _, attributes in Elements(text).elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    references = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)
-    assert {clip or use for clip, use in references} == set(ids)
-
-
-def test_page_follows_the_colours_of_its_style_sheet():
-    svg = "".join(re.findall(r"<svg.*?</svg>", page(), re.DOTALL))
-    assert "#0101" not in svg
-    used = set(re.findall(r"var\((--[\w-]+)\)", svg))
-    assert used and all(f"{name}:" in page() for name in used)
-
-
-def test_hostile_class_names_are_harmless():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        text = page(names=HOSTILE, title="<b>bold \udc80</b>")
-    elements = Elements(text)
-    assert not elements.all("script") and not elements.all("b")[len(HOSTILE) :]
-    assert not any(name.startswith("on") for _, attrs in elements.elements for name in attrs)
-    assert not any("example.invalid" in image["src"] for image in elements.all("img"))
-    assert {"x"}.isdisjoint(attrs.get("id") for _, attrs in elements.elements)
-    assert "]]>--> {{ 7 * 7 }}" in elements.text["b"]  # shown as it is
-    assert "$x^2$" in elements.text["text"]
-    assert "<script>alert(1)</script>" in elements.text["b"]
-    text.encode()
-
-
 def test_unprintable_class_names_stay_out_of_every_output():
     content = built(CONFUSION, names=("\udc80", "a\nb", "\x1b[31m"))
     assert [row["name"] for row in content["per_class"]] == ["�", "a b", "�[31m"]
     for text in (report.per_class_csv(content), report.text_table(content)):
         text.encode()
-
-
-def test_page_is_deterministic():
-    assert page() == page()
-
-
-@pytest.mark.parametrize("num_classes", [2, 13, 256])
-def test_any_number_of_classes(num_classes):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        text = page(names=[f"class {i}" for i in range(num_classes)])
-    assert len(text) < 1_000_000
-
-
-def test_tolerates_missing_curves_and_model_fields():
-    assert "Training" not in Elements(page(curves=[])).text["h2"]
-    unvalidated = [{"epoch": 1, "loss": 0.5, "accuracy": 0.9, "val_loss": None}]
-    for curves, validated in ((CURVES, True), (unvalidated, False)):
-        (training,) = re.findall("<h2>Training.*?</section>", page(curves=curves), re.DOTALL)
-        assert ("validation" in training) == validated
-    assert page(model={"model_id": "m"})
-
-
-def test_probabilities_are_never_rounded_to_certainty():
-    shown = [report._probability(p) for p in (0.0, 1e-9, 0.5, 1 - 1e-7, 1.0)]
-    assert [text.replace("\N{NARROW NO-BREAK SPACE}%", "") for text in shown] == [
-        "0.00",
-        "< 0.01",
-        "50.00",
-        "> 99.99",
-        "100.00",
-    ]
-
-
-def test_missing_page_libraries_are_named(monkeypatch):
-    report.require_page_libraries()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=re.escape("pip install '.[report]'")):
-        report.require_page_libraries()

@@ -1,0 +1,163 @@
+import json
+
+import helpers
+import numpy as np
+import pytest
+
+from pipeline import models
+from pipeline.command import InputError
+
+DIGITS = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """Saves a model that answers with an array of this shape; returns its folder."""
+    import tensorflow as tf
+
+    def make(shape, output="probabilities", named="serving_default"):
+        folder = tmp_path_factory.mktemp("model")
+        module = tf.Module()
+
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
+        def answer(x):
+            return {"classes": tf.argmax(x, -1), output: x}
+
+        tf.saved_model.save(module, str(folder), signatures={named: answer})
+        (folder / "model.json").write_text(json.dumps({"model_id": "m"}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [
+        ((None, 10), 10),
+        ((None, 2), 2),
+        ((500, 256), 256),  # of two bytes
+        ((None, None), None),
+        ((None, 3, 4), None),
+        ((None,), None),
+    ],
+)
+def test_classes_answered_as_tensorflow_says(save, shape, classes):
+    import tensorflow as tf
+
+    folder = save(shape)
+    assert models.classes_answered(folder) == classes
+    spec = tf.saved_model.load(str(folder)).signatures["serving_default"].structured_outputs
+    assert spec["probabilities"].shape.as_list() == list(shape)
+
+
+def test_a_model_of_other_classes(save):
+    folder = save((None, 7))
+    models.require_scorable(folder, DIGITS[:7])
+    with pytest.raises(InputError, match=f"{folder}: answers with 7 classes, the dataset has 10"):
+        models.require_scorable(folder, DIGITS)
+    models.require_scorable(save((None, None)), DIGITS)  # which is seen as it answers
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [
+        ({"class_names": ["cat", "cow"]}, "label 1 is 'cow', in the dataset it is 'dog'"),
+        ({"class_names": ["dog", "cat"]}, "label 0 is 'dog', in the dataset it is 'cat'"),
+        ({"class_names": ["cat", "do g"]}, "label 1 is 'do g', in the dataset it is 'dog'"),
+        ({"class_names": ["cat"]}, "answers with 1 classes, the dataset has 2"),
+        ({"class_names": ["cat", "dog"]}, None),
+        ({"class_names": None}, None),
+        ({"class_names": 2}, None),
+        ({}, None),
+        (None, None),
+        (7, None),
+    ],
+)
+@pytest.mark.parametrize("shape", [(None, 2), (None, None)])
+def test_a_model_that_names_other_classes(save, trained_on, said, shape):
+    folder = save(shape)
+    (folder / "model.json").write_text(json.dumps({"model_id": "m", "dataset": trained_on}))
+    if said is None:
+        models.require_scorable(folder, ("cat", "dog"))
+        return
+    with pytest.raises(InputError, match=f"^{folder}: {said}$"):
+        models.require_scorable(folder, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("options", [{"output": "scores"}, {"named": "other"}])
+def test_a_signature_that_is_not_there(save, options):
+    folder = save((None, 10), **options)
+    with pytest.raises(InputError, match=r"saved_model\.pb: expected a SavedModel whose"):
+        models.require_scorable(folder, DIGITS)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_graph_cut_short(save, keep):
+    folder = save((None, 10))
+    path = folder / "saved_model.pb"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="expected a SavedModel"):
+        models.require_scorable(folder, DIGITS)
+
+
+@pytest.mark.parametrize("data", [b"no model at all", b"\xff" * 50, b"\x12\x00", b"\x0b"])
+def test_what_is_no_graph(tmp_path, data):
+    (tmp_path / "saved_model.pb").write_bytes(data)
+    with pytest.raises(InputError, match="expected a SavedModel"):
+        models.classes_answered(tmp_path)
+
+
+def test_curves(tmp_path):
+    assert models.load_curves(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert models.load_curves(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
+    with pytest.raises(InputError, match=r"metrics.jsonl: not a file of one JSON object a line"):
+        models.load_curves(tmp_path)
+
+
+def test_models_are_looked_at_without_tensorflow_or_beam():
+    found = helpers.run_python(
+        "-c",
+        "import sys; from pipeline import evaluate;"
+        "print([m for m in ('tensorflow', 'apache_beam') if m in sys.modules])",
+    )
+    assert found.stdout == "[]\n", found.stderr
+
+
+WITHOUT_KERAS = """
+import sys
+import numpy as np
+from pathlib import Path
+from pipeline.inference import SavedModelsHandler
+(model,) = SavedModelsHandler([Path(sys.argv[1])], 10).load_model()
+images = np.load(sys.argv[2])
+np.save(sys.argv[3], model.signatures["serving_default"](images=images)["probabilities"].numpy())
+print("keras" in sys.modules)
+"""
+
+
+def test_a_model_made_by_keras_answers_where_keras_is_not_loaded(tmp_path):
+    """The evaluation loads TensorFlow without it; see `command.without_keras`."""
+    import tensorflow as tf
+
+    layers = tf.keras.layers
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
+    inputs = tf.keras.Input((28, 28, 1), dtype="uint8")
+    model = tf.keras.Sequential(
+        [inputs, layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(10, "softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(images, np.arange(5), verbose=0)  # so that the optimizer has something to be saved
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="images")])
+    def serve(images):
+        return {"probabilities": model(images)}
+
+    tf.saved_model.save(model, str(tmp_path / "model"), signatures=serve)
+    np.save(tmp_path / "images.npy", images)
+    files = [tmp_path / name for name in ("model", "images.npy", "answers.npy")]
+    done = helpers.run_python("-c", WITHOUT_KERAS, *files)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    expected = serve(images)["probabilities"].numpy()
+    np.testing.assert_allclose(np.load(files[2]), expected, rtol=0, atol=1e-6)

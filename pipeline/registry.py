@@ -1,211 +1,239 @@
-"""The models of a root: the gate, versions, the champion pointer, rollback.
+"""The models of a root: the champion, promotion, rollback.
 
 python -m pipeline.registry list --root out
 
     ROOT/models/<version>/        a promoted model, as TensorFlow Serving reads it; never changed
     ROOT/models/champion.json     the one pointer that readers follow, swapped last
+
+A version above the pointer's was never promoted: a process was killed as it published it, and
+whoever next holds the lock of the root removes it; see `settle`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
-import shutil
-from pathlib import Path
-from typing import Any
+import datetime
+import importlib.util
+import sys
 
-from pipeline import command, storage
+from pipeline import checksums, command, inventory, ledger, storage
 from pipeline.command import InputError, show
+from pipeline.gcs import GcsPath
+from pipeline.storage import Place
+from pipeline.versions import (
+    CHAMPION_FILE,
+    MODELS,
+    REPAIR,
+    VERSION_FILE,
+    Pointer,
+    Version,
+    find_pointer,
+    folders,
+    load,
+    numbers,
+    path_of,
+    pointer,
+    unpromoted,
+    version_json,
+    versions,
+)
+
+__all__ = ["Version", "champion", "publish", "rollback", "settle", "versions"]
 
 PROG = "pipeline.registry"
-MODELS = "models"
-CHAMPION_FILE = "champion.json"
-VERSION_FILE = "version.json"
-NAMED_CHECKS = 3  # of those that failed; all stand in the decision
+ACTIONS = {
+    "list": "all versions, as a table",
+    "current": "the champion, as JSON",
+    "rollback": "publish an old version again",
+    "verify": "check every file of every version",
+    "prune": "remove old models, runs and datasets",
+}
 
 
-# The gate
+def champion(root: Place) -> Version | None:
+    """The model that is served, if there is one.
 
+    Should another process promote and prune as this one looks, it looks again.
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What a challenger has to reach, whatever the champion does.
-
-    Attributes:
-        min_accuracy: over all rows.
-        min_class_accuracy: over the rows of each class that has any.
+    Raises:
+        InputError: the pointer cannot be read, or a file of the model is missing or has another
+            size than it was published with.
     """
-
-    min_accuracy: float = 0.8
-    min_class_accuracy: float = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Check:
-    """One condition of the gate: what it is, the challenger's value, the least that passes."""
-
-    check: str
-    value: float
-    required: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the challenger meets it."""
-        return self.value >= self.required
-
-
-def run_checks(report: dict[str, Any], gate: Gate) -> list[Check]:
-    """Lists the conditions of the gate with a report's values.
-
-    The report's baseline, where it has one, is the champion, scored on the same rows.
-    """
-    checks = [Check(check="accuracy", value=report["accuracy"], required=gate.min_accuracy)]
-    checks += [
-        Check(
-            check=f"accuracy of class {row['name']}",
-            value=row["accuracy"],
-            required=gate.min_class_accuracy,
-        )
-        for row in report["per_class"]
-        if row["support"]
-    ]
-    if report["baseline"] is not None:
-        checks.append(
-            Check(
-                check="correct answers, against the champion's",
-                value=report["correct"],
-                required=report["baseline"]["correct"],
+    current = pointer(root).version
+    while current is not None:
+        problems = checksums.damage(root / current.path, current.files, besides=[VERSION_FILE])
+        if not problems:
+            break
+        seen, current = current, pointer(root).version
+        if current == seen:
+            raise InputError(
+                f"the champion is damaged: {problems[0]}; pipeline.registry verify tells all,"
+                " and rollback --version V puts another in its place"
             )
-        )
-    return checks
+    return current
 
 
-def reason(checks: list[Check], has_champion: bool) -> str:
-    """Says in a sentence why the gate promoted or did not."""
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        named = [f"{c.check}: {c.value:g}, required {c.required:g}" for c in failed[:NAMED_CHECKS]]
-        more = [f"and {len(failed) - NAMED_CHECKS} more"] if len(failed) > NAMED_CHECKS else []
-        return "; ".join(named + more)
-    if has_champion:
-        return (
-            f"{checks[-1].value:g} correct, the champion {checks[-1].required:g} of the same rows"
-        )
-    return "above every floor, and there was no champion"
-
-
-# Versions
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Version:
-    """One promoted model; the content of ``champion.json`` and of ``version.json``.
-
-    Attributes:
-        version: its number.
-        path: its folder, relative to the root.
-        model_id: of the model.
-        weights_sha256: of the model.
-        dataset_id: what it was trained on.
-        run_id: which run made it.
-        accuracy: on the test split when it was promoted.
-        sources: what the dataset was read from, as `pipeline.sources.open_sources` takes it.
-        rolled_back_from: the version it is a copy of, if any.
-    """
-
-    version: int
-    path: str
-    model_id: str
-    weights_sha256: str
-    dataset_id: str
-    run_id: str
-    accuracy: float
-    sources: list[str]
-    rolled_back_from: int | None = None
-
-
-def _load(path: Path) -> Version:
-    try:
-        return Version(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as a version: {error}") from None
-
-
-def versions(root: Path) -> list[Version]:
-    """All promoted models, oldest first."""
-    folders = [path for path in (root / MODELS).glob("*") if path.name.isdigit()]
-    return [_load(path / VERSION_FILE) for path in sorted(folders, key=lambda path: int(path.name))]
-
-
-def champion(root: Path) -> Version | None:
-    """The model that is served, if there is one."""
-    path = root / MODELS / CHAMPION_FILE
-    return _load(path) if path.exists() else None
-
-
-def publish(root: Path, model_dir: Path, version: Version) -> Version:
+def publish(
+    root: Place, model_dir: Place, version: Version, *, report: Place | None = None
+) -> Version:
     """Copies a model in under the next number, then swaps the pointer.
 
-    A crash in between leaves the old champion; publishing again then takes up the copy that
-    is there.
+    A crash in between leaves the old champion; publishing the same again then takes up the copy
+    that is there, and publishing another model removes it, without using its number again: a
+    server may be reading what it has. Whoever publishes holds the lock of the root; in a bucket,
+    should it be lost, the pointer is left to whoever has changed it.
+
+    Args:
+        root: the root.
+        model_dir: the model's files.
+        version: what is known of it.
+        report: a file that goes along, what the model was promoted for.
 
     Returns:
-        The version with its number and path.
+        The version with its number, path, time and files.
+
+    Raises:
+        InputError: the model's folder holds no files.
+        LockedError: the pointer was changed by another process meanwhile.
     """
-    known = versions(root)
-    number = known[-1].version + 1 if known else 1
-    numbered = dataclasses.replace(version, version=number, path=f"{MODELS}/{number}")
-    pointer = champion(root)
-    unfinished = known and (pointer is None or known[-1].version > pointer.version)
-    if unfinished and _same_model(known[-1], version):
-        numbered = known[-1]
-    else:
-        with storage.published_whole(root / numbered.path) as staging:
-            shutil.copytree(model_dir, staging, dirs_exist_ok=True)
-            storage.write_atomic(staging / VERSION_FILE, _json(numbered))
-    storage.write_atomic(root / MODELS / CHAMPION_FILE, _json(numbered))
-    return numbered
+    return _publish(root, model_dir, version, report, pointer(root))
 
 
-def _same_model(one: Version, other: Version) -> bool:
-    return (one.run_id, one.model_id, one.rolled_back_from) == (
-        other.run_id,
-        other.model_id,
-        other.rolled_back_from,
-    )
+def _publish(
+    root: Place, model_dir: Place, version: Version, report: Place | None, before: Pointer
+) -> Version:
+    last = before.version.version if before.version else 0
+    taken = numbers(root)
+    if before.version is None:  # and any folder may be what a pointer once named
+        taken += set(folders(root)) - set(unpromoted(root))
+    newest = max([*taken, last])
+    published = _unfinished(root, newest, version) if newest > last else None
+    if published is None:
+        settle(root)
+        published = _copy_in(root, model_dir, newest + 1, version, report)
+    _swap(root, published, before.generation)
+    return published
 
 
-def _json(version: Version) -> str:
-    return json.dumps(dataclasses.asdict(version), indent=2) + "\n"
+def settle(root: Place) -> list[int]:
+    """Removes versions that were never promoted; the root is locked meanwhile.
+
+    Returns:
+        Their numbers; see `versions.unpromoted` on which these are.
+    """
+    storage.discard_leftovers(root / MODELS)
+    removed = unpromoted(root)
+    for number in removed:
+        storage.discard(root / path_of(number), VERSION_FILE)
+    return removed
 
 
-def rollback(root: Path, number: int | None) -> Version:
+def _unfinished(root: Place, number: int, version: Version) -> Version | None:
+    """A copy of the same model, if it is one, that the pointer never came to name."""
+    storage.recover(root / path_of(number))  # it may have been killed as it tidied up
+    with contextlib.suppress(InputError):
+        found = load(root, number)
+        same = all(
+            getattr(found, name) == getattr(version, name)
+            for name in ("run_id", "model_id", "weights_sha256", "rolled_back_from")
+        )
+        if same and not inventory.damage(root, found):
+            return found
+    return None
+
+
+def _copy_in(
+    root: Place, model_dir: Place, number: int, version: Version, report: Place | None
+) -> Version:
+    sources = {name: model_dir / name for name in storage.walk(model_dir) if name != VERSION_FILE}
+    if not sources:
+        raise InputError(f"{model_dir}: no files; expected an exported model")
+    if report is not None:
+        sources[report.name] = report
+    with storage.published_whole(root / path_of(number), last=VERSION_FILE) as staging:
+        published = dataclasses.replace(
+            version,
+            version=number,
+            path=path_of(number),
+            promoted_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files={
+                name: checksums.copy_file(source, staging / name)
+                for name, source in sorted(sources.items())
+            },
+        )
+        storage.write_atomic(staging / VERSION_FILE, version_json(published))
+    return published
+
+
+def _swap(root: Place, version: Version, generation: int) -> None:
+    """Lets the pointer name another version; LockedError if it is not of this generation."""
+    path, text = root / MODELS / CHAMPION_FILE, version_json(version)
+    if isinstance(path, GcsPath):
+        path.put(text.encode(), generation)
+        return
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of one that was killed as it wrote
+        storage.remove(leftover)
+    storage.write_atomic(path, text)
+
+
+def rollback(root: Place, number: int | None, *, reason: str | None = None) -> Version:
     """Publishes an old model again, as the highest version, so that servers follow.
 
     Args:
         root: the root.
-        number: which version; None: the one before the champion's model.
+        number: which version; None: the one before the champion's model. Where there is no
+            pointer that can be read, it has to be given, and gets one.
+        reason: why, for the ledger, where it is noted.
 
     Raises:
-        InputError: there is no such version, or none before.
+        InputError: there is no such version, or none before, or its files are damaged.
     """
-    current = champion(root)
-    if current is None:
-        raise InputError(f"{root}: no champion; nothing to roll back")
-    origin = current.rolled_back_from or current.version
-    known = {version.version: version for version in versions(root)}
+    before = find_pointer(root)
     if number is None:
-        number = max((other for other in known if other < origin), default=None)
-        if number is None:
-            raise InputError(f"{root}: no version before {origin}")
+        number = _previous(root, before)
+    current, extra = before.version, unpromoted(root)
+    known = [other for other in numbers(root) if other not in extra]
     if number not in known:
-        raise InputError(f"--version {number}: expected one of {', '.join(map(str, known))}")
-    if number in (current.version, origin):
+        expected = f"one of {', '.join(map(str, known))}" if known else "one, but there is none"
+        raise InputError(f"--version {number}: expected {expected}")
+    own = (current.version, current.rolled_back_from) if current else ()
+    if current and number in own and not inventory.damage(root, current):
         raise InputError(f"--version {number}: is the champion already")
-    old = known[number]
+    old = load(root, number)
+    if problems := inventory.damage(root, old):
+        raise InputError(f"--version {number}: is damaged: {problems[0]}")
     first = old.rolled_back_from or number
-    return publish(root, root / old.path, dataclasses.replace(old, rolled_back_from=first))
+    again = dataclasses.replace(old, rolled_back_from=first)
+    published = _publish(root, root / old.path, again, None, before)
+    ledger.append(
+        root,
+        ledger.Line(
+            run_id=old.run_id,
+            outcome="rolled_back",
+            reason=f"version {first} again" + (f": {reason}" if reason else ""),
+            accuracy=old.accuracy,
+            model_id=old.model_id,
+            dataset_id=old.dataset_id,
+            version=published.version,
+        ),
+    )
+    return published
+
+
+def _previous(root: Place, before: Pointer) -> int:
+    """The newest version that is older than the champion's model."""
+    if before.problem:
+        raise InputError(f"{before.problem}; {REPAIR}")
+    if before.version is None:
+        hint = f"; {REPAIR}" if numbers(root) else ""
+        raise InputError(f"{root}: no champion; nothing to roll back{hint}")
+    origin = before.version.rolled_back_from or before.version.version
+    older = [number for number in numbers(root) if number < origin]
+    if not older:
+        raise InputError(f"{root}: no version before {origin}")
+    return older[-1]
 
 
 # The command
@@ -216,8 +244,11 @@ class RegistryConfig:
     """The flags of this command."""
 
     action: str
-    root: Path
+    root: Place
     version: int | None = None
+    reason: str | None = None
+    keep: int = 1
+    dry_run: bool = False
 
 
 def parse(argv: list[str]) -> RegistryConfig:
@@ -226,53 +257,98 @@ def parse(argv: list[str]) -> RegistryConfig:
     actions = parser.add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=argparse.ArgumentParser
     )
-    for name, text in (
-        ("list", "all versions, as a table"),
-        ("current", "the champion, as JSON"),
-        ("rollback", "publish an old version again"),
-    ):
-        action = actions.add_parser(name, help=text, allow_abbrev=False)
+    for name, text in ACTIONS.items():
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         action.error = parser.error
         action.add_argument("--root", required=True, metavar="DIR")
         if name == "rollback":
             action.add_argument("--version", type=int, metavar="V", help="default: the one before")
-    flags = parser.parse_args(argv)
-    return RegistryConfig(
-        action=flags.action,
-        root=storage.folder(flags.root),
-        version=getattr(flags, "version", None),
-    )
+            action.add_argument("--reason", metavar="TEXT", help="why, for the ledger")
+        if name == "prune":
+            action.add_argument(
+                "--keep",
+                required=True,
+                type=command.positive_int,
+                metavar="N",
+                help="the newest N of each, whatever the champion needs, and the model before it",
+            )
+            action.add_argument("--dry_run", action="store_true", help="only say what would go")
+    flags = vars(parser.parse_args(argv))
+    given = {
+        name: flags[name]
+        for name in ("action", "version", "reason", "keep", "dry_run")
+        if name in flags
+    }
+    return RegistryConfig(root=storage.folder(flags["root"], buckets=True), **given)
 
 
 def execute(config: RegistryConfig) -> int:
     """Runs the command."""
-    if not config.root.is_dir():
-        raise InputError(f"{config.root}: no such folder")
+    _require_root(config.root)
     if config.action == "list":
-        show(table(versions(config.root), champion(config.root)))
+        show(inventory.table(config.root))
     elif config.action == "current":
         current = champion(config.root)
         if current is None:
             raise InputError(f"{config.root}: no champion yet")
-        show(_json(current).rstrip())
-    else:
+        show(version_json(current).rstrip())
+    elif config.action == "rollback":
         with storage.locked(config.root):
-            published = rollback(config.root, config.version)
+            published = rollback(config.root, config.version, reason=config.reason)
+            _refresh_index(config.root)
         show(f"version {published.version} is version {published.rolled_back_from} again")
+    elif config.action == "verify":
+        return _verify(config.root)
+    else:
+        _prune(config)
     return command.DONE
 
 
-def table(known: list[Version], current: Version | None) -> str:
-    """The versions, one a line, the champion marked."""
-    lines = ["  version  accuracy  model     run"]
-    for version in known:
-        mark = "*" if current is not None and version.version == current.version else " "
-        again = f" (version {version.rolled_back_from} again)" if version.rolled_back_from else ""
-        lines.append(
-            f"{mark} {version.version:>7}  {version.accuracy:>8.4f}  {version.model_id[:8]}"
-            f"  {version.run_id}{again}"
+def _require_root(root: Place) -> None:
+    """Refuses, before anything is written, a folder where the chain has kept nothing."""
+    from pipeline.plan import DATASETS, RUNS
+
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    parts = (MODELS, RUNS, DATASETS)
+    if not (root / ledger.LEDGER_FILE).is_file() and not any((root / x).is_dir() for x in parts):
+        raise InputError(
+            f"{root}: not the root of a chain; expected {', '.join(parts)} or"
+            f" {ledger.LEDGER_FILE} in it"
         )
-    return "\n".join(lines)
+
+
+def _verify(root: Place) -> int:
+    problems = inventory.verify(root)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return command.BAD_INPUT
+    known = versions(root)
+    files = sum(len(version.files) for version in known)
+    show(f"{root}: {len(known)} versions, {files} files, all as they were published")
+    return command.DONE
+
+
+def _prune(config: RegistryConfig) -> None:
+    from pipeline import pruning
+
+    if config.dry_run:
+        lines = [f"would remove {each.folder}" for each in pruning.plan(config.root, config.keep)]
+    else:
+        with storage.locked(config.root):
+            removed = pruning.prune(config.root, config.keep)
+            lines = [f"removed {removal.folder}" for removal in removed]
+            _refresh_index(config.root)
+    show("\n".join(lines or ["nothing to remove"]))
+
+
+def _refresh_index(root: Place) -> None:
+    """Lets the root's page tell it too; where what draws it is missing, the next retrain does."""
+    if importlib.util.find_spec("jinja2"):
+        from pipeline import index
+
+        index.write_index(root)
 
 
 def main() -> None:

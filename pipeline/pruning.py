@@ -1,0 +1,180 @@
+"""Which models, runs and datasets of a root can go, and their removal.
+
+Versions above the champion's go: nobody is publishing while the root is locked, and they were
+never promoted.
+The newest of each stay, and whatever is needed:
+
+- the version before the champion's: a reader may have followed the pointer just before it moved
+- the champion's version, run and dataset, and the version it is a copy of after a rollback
+- every run that the ledger does not name, or that was begun anew after its last line there: it is
+  not finished; and its dataset
+- every dataset that the ledger does not name
+- every version that the request of a run names that stays and is not finished, or failed: a warm
+  start goes on, or is begun anew, from there
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pipeline import ledger, storage
+from pipeline.command import InputError
+from pipeline.dataset import MANIFEST_NAME, load_manifest
+from pipeline.plan import DATASETS, DECISION_FILE, REQUEST_FILE, RUNS
+from pipeline.registry import champion
+from pipeline.storage import Place
+from pipeline.versions import MODELS, VERSION_FILE, Version, folders, numbers, path_of, unpromoted
+
+START = re.compile(rf"{MODELS}/([0-9]+)(?![0-9])")  # in a request
+TELLING = (REQUEST_FILE, "config.json", DECISION_FILE)  # of a run: which dataset it is of
+
+
+class Removal(NamedTuple):
+    """A folder that can go, and the file without which its readers take it for nothing."""
+
+    folder: Place
+    first: str
+
+
+def prune(root: Place, keep: int) -> Iterator[Removal]:
+    """Removes what `plan` names, and yields it once it is gone; the root is locked meanwhile."""
+    for name in (MODELS, RUNS, DATASETS):
+        storage.discard_leftovers(root / name)
+    for removal in plan(root, keep):
+        storage.discard(removal.folder, removal.first)
+        yield removal
+
+
+def plan(root: Place, keep: int) -> list[Removal]:
+    """Lists what can go.
+
+    Args:
+        root: the root.
+        keep: how many of the newest models, runs and datasets stay; of models, at least 2.
+
+    Raises:
+        InputError: the champion is damaged; an older version may be needed.
+    """
+    current = champion(root)
+    lines = ledger.read(root)
+    found = {name: sorted(_visible(root / name)) for name in (RUNS, DATASETS)}
+    unfinished = [name for name in found[RUNS] if not _is_finished(root / RUNS / name, lines)]
+    datasets = {name: _names(root / DATASETS / name) for name in found[DATASETS]}
+    runs = _old(found[RUNS], {name: [name] for name in found[RUNS]}, lines, keep)
+    old_datasets = _old(found[DATASETS], datasets, lines, keep)
+    needed_runs = {*unfinished, current.run_id if current else ""}
+    needed = _datasets_of([root / RUNS / name for name in unfinished], datasets)
+    if current is not None:
+        needed |= _of_champion(current, lines, datasets)
+    gone = [name for name in runs if name not in needed_runs]
+    failed = [
+        name
+        for name in found[RUNS]
+        if name not in gone and not (root / RUNS / name / DECISION_FILE).is_file()
+    ]
+    starts = _starts_of([root / RUNS / name for name in {*unfinished, *failed}])
+    return [
+        *(
+            Removal(root / path_of(number), VERSION_FILE)
+            for number in _old_versions(root, current, keep)
+            if number not in starts
+        ),
+        *(Removal(root / RUNS / name, DECISION_FILE) for name in gone),
+        *(
+            Removal(root / DATASETS / name, MANIFEST_NAME)
+            for name in old_datasets
+            if name not in needed
+        ),
+    ]
+
+
+def _visible(parent: Place) -> list[str]:
+    if not parent.is_dir():
+        return []
+    return [path.name for path in parent.iterdir() if path.name[0] != "." and path.is_dir()]
+
+
+def _is_finished(run: Place, lines: list[dict[str, Any]]) -> bool:
+    """Whether a run came to an end since it was begun, or begun anew."""
+    ends = ledger.times_closed(lines, run.name)
+    try:
+        request = json.loads((run / REQUEST_FILE).read_text())
+        return ends > int(request.get("attempt", 0))
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return ends > 0
+
+
+def _old_versions(root: Place, current: Version | None, keep: int) -> list[int]:
+    """Versions that can go, and what is left of those that a killed process was removing."""
+    extra = unpromoted(root)
+    if current is None:
+        return extra
+    newest = [number for number in numbers(root) if number <= current.version]
+    newest = newest[-max(keep, 2) :]  # a reader may still be at the one before
+    needed = {*newest, current.version, current.rolled_back_from}
+    old = [n for n in folders(root) if n < current.version and n not in needed]
+    return old + extra
+
+
+def _starts_of(runs: Iterable[Place]) -> set[int]:
+    """The versions that the requests of runs name."""
+    found: set[int] = set()
+    for run in runs:
+        with contextlib.suppress(FileNotFoundError):
+            found |= {int(number) for number in START.findall((run / REQUEST_FILE).read_text())}
+    return found
+
+
+def _old(
+    found: Iterable[str],
+    known_as: dict[str, list[str]],
+    lines: list[dict[str, Any]],
+    keep: int,
+) -> list[str]:
+    """Of what the ledger names, all but the newest, by the last line that names it."""
+    last = {
+        line[key]: number
+        for number, line in enumerate(filter(ledger.is_end, lines))
+        for key in ("run_id", "fingerprint", "dataset_id")
+        if isinstance(line.get(key), str)
+    }
+    # A fingerprint tells more than an id: when a source is only touched, both make the same.
+    named = {
+        name: next(last[alias] for alias in known_as[name] if alias in last)
+        for name in found
+        if any(alias in last for alias in known_as[name])
+    }
+    return sorted(named, key=lambda name: named[name])[:-keep]
+
+
+def _names(folder: Place) -> list[str]:
+    """What a dataset is known as: its fingerprint, which is its folder's name, and its id."""
+    with contextlib.suppress(InputError):
+        return [folder.name, load_manifest(folder).dataset_id]
+    return [folder.name]
+
+
+def _of_champion(
+    current: Version, lines: list[dict[str, Any]], datasets: dict[str, list[str]]
+) -> set[str]:
+    """The dataset of the champion, by its fingerprint, or all of the same content."""
+    stated = {str(line.get("fingerprint")) for line in lines if line["run_id"] == current.run_id}
+    same = {name for name, aliases in datasets.items() if current.dataset_id in aliases}
+    return stated & datasets.keys() or same
+
+
+def _datasets_of(runs: list[Place], datasets: dict[str, list[str]]) -> set[str]:
+    """The datasets of some runs; all there are, if a run does not tell which is its own."""
+    needed: set[str] = set()
+    for run in runs:
+        text = ""
+        for name in TELLING:
+            with contextlib.suppress(FileNotFoundError):
+                text += (run / name).read_text()
+        own = {name for name, aliases in datasets.items() if any(a in text for a in aliases)}
+        needed |= own or set(datasets)
+    return needed

@@ -51,6 +51,7 @@ TUTORIAL = {
     "input": "auto",
     "tf32": False,
     "steps_per_call": 100,
+    "initial_weights": None,
 }
 
 

@@ -44,13 +44,18 @@ class ServedModel(tf.Module):
         # A look-up gives the very floats of the records; a division in a graph would not.
         self.scale_table = tf.constant(SCALE_TABLE)
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8, name="images")])
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, *IMAGE_SHAPE], tf.uint8, name="images")],
+        autograph=False,
+    )
     def serve_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """uint8 [n, 28, 28, 1] -> classes int64 [n], probabilities float32 [n, C]."""
         scaled = tf.gather(self.scale_table, tf.cast(images, tf.int32))
         return self._answer(tf.reshape(scaled, [-1, NUM_PIXELS]))
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    @tf.function(
+        input_signature=[tf.TensorSpec([None], tf.string, name="examples")], autograph=False
+    )
     def serve_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Serialized records [n] -> the same as `serve_images` of their images."""
         features = {"image": FEATURES["image"]}

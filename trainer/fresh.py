@@ -2,21 +2,23 @@
 
 Reads the name of a folder in one line of stdin, then the arrays to ask with; writes what each
 signature answers, and the weights, to stdout. TensorFlow is imported before stdin is read, so
-that the process can be started while the model is still being written. It ends with its parent:
-there is nothing more to read then.
+that the process can be started while the model is still being written, and without Keras, which
+a server does not have either. It ends with its parent: there is nothing more to read then.
 """
 
 import io
 import sys
 
 import numpy as np
-import tensorflow as tf
 
 INPUTS = {"serving_default": "images", "serve_examples": "examples"}
 
 
 def main() -> None:
     """Answers one request."""
+    sys.modules["keras"] = None  # type: ignore[assignment]  # TensorFlow takes it as not installed
+    import tensorflow as tf
+
     folder = sys.stdin.buffer.readline().decode().rstrip("\n")
     asked = sys.stdin.buffer.read()
     if not folder or not asked:

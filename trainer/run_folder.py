@@ -230,7 +230,7 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Adds an epoch's line, and has it on the disk before any checkpoint that follows."""
-    with path.open("a") as file:
+    with storage.named(path), path.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

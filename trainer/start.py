@@ -14,7 +14,7 @@ import tensorflow as tf
 from pipeline import command, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import Manifest, check_files, load_manifest
-from trainer import run_folder
+from trainer import run_folder, warm_start
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.checks import check_divides
 from trainer.config import TrainConfig
@@ -42,6 +42,7 @@ def execute(
     *,
     checkpoint_seconds: float,
     profile: bool,
+    initial_weights: Path | None = None,
 ) -> int:
     """Trains, or goes on training, and exports; returns an exit code.
 
@@ -53,9 +54,10 @@ def execute(
         checkpoint_seconds: how much work a kill may cost: a checkpoint is written when so much
             time has passed since the one before, at the end, and before a stop.
         profile: whether to trace a few calls.
+        initial_weights: the exported model that `config.initial_weights` is the checksum of.
 
     Raises:
-        InputError: the dataset or the run folder is not what it should be.
+        InputError: the dataset, the model to start from or the run folder is not what it should be.
         LockedError: another process trains in this folder.
     """
     # Before any device is used; but one of several workers has to join the others first.
@@ -80,6 +82,10 @@ def execute(
             if there and workers.is_chief:
                 _enter(held, places, content)
             splits = open_splits(config, dataset_dir, manifest)
+            initial = None
+            if initial_weights is not None and config.initial_weights is not None:
+                warm_start.check_classes(initial_weights, manifest)
+                initial = warm_start.load(initial_weights, config.initial_weights)
             if not there and workers.is_chief:
                 _enter(held, places, content)
             finished = workers.is_chief and _is_done(places, content)
@@ -88,7 +94,7 @@ def execute(
                 log.info("%s: already trained and exported", places.run)
             workers.part()
             return command.DONE
-        trained = build(config, strategy, splits, manifest.num_classes)
+        trained = build(config, strategy, splits, manifest.num_classes, initial)
         run = Run(
             config=config,
             train=trained.train,

@@ -57,7 +57,7 @@ def make_train_steps(
     own_shards = shards // strategy.num_replicas_in_sync
     of_shard = _make_of_shard(config, model, deform)
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def updated(weights, parts, state):  # type: ignore[no-untyped-def]
         *found, loss, correct = add_tree(parts)
         return *update.update(weights, found, state), Totals(loss, correct)
@@ -93,7 +93,7 @@ def _make_of_shard(
     """Makes the function that gives the gradients of a shard, and its sums after them."""
     gradients = make_gradients(config, model)
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def of_shard(weights, images, labels, rows, examples, mask, count, epoch, key):  # type: ignore[no-untyped-def]
         chosen = tf.gather(images, rows)
         if deform is not None:
@@ -116,7 +116,7 @@ def make_evaluate(
     own_shards = _num_shards(strategy, config) // strategy.num_replicas_in_sync
 
     # Compiled, a shard's numbers come out alike wherever it is computed, as in training.
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def of_shard(weights, images, labels, rows, mask):  # type: ignore[no-untyped-def]
         logits = model.apply(weights, tf.gather(images, rows))
         return list(totals(tf.gather(labels, rows), logits, mask, loss=config.loss))
@@ -175,7 +175,7 @@ def add_tree(parts: list[list[tf.Tensor]]) -> list[tf.Tensor]:
     return parts[0]
 
 
-compiled_tree = tf.function(add_tree, jit_compile=True)
+compiled_tree = tf.function(add_tree, jit_compile=True, autograph=False)
 
 
 def call_length(source: Source, batch_size: int, steps_per_call: int) -> int:
@@ -191,8 +191,10 @@ def _make_run(
 ) -> Callable[..., Totals]:
     """Makes the function that takes the first `steps` steps of a call on every replica.
 
-    The loop stands outside `Strategy.run`: a sum over replicas cannot stand in a loop within.
+    The loop stands outside `Strategy.run`: a sum over replicas cannot stand in a loop within. It
+    is the one thing here that AutoGraph has to rewrite, which takes long for all that is called.
     """
+    step = tf.autograph.experimental.do_not_convert(step)
 
     @tf.function(jit_compile=whole)
     def run(images, labels, rows, examples, mask, counts, epoch, steps):  # type: ignore[no-untyped-def]

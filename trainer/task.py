@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import command, storage
 from pipeline.command import InputError, log
-from trainer import run_folder
+from trainer import run_folder, warm_start
 from trainer.checks import configure
 from trainer.config import PRESETS, TrainConfig, choices
 from trainer.run_folder import VERTEX, Places
@@ -29,19 +29,32 @@ from trainer.stop import StopSignal
 from trainer.workers import in_cluster
 
 PROG = "trainer.task"
-SETTINGS = [field for field in dataclasses.fields(TrainConfig) if field.name != "preset"]
+SETTINGS = [
+    field
+    for field in dataclasses.fields(TrainConfig)
+    if field.name not in ("preset", "initial_weights")
+]
+KNOWN = "known"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The flags of this stage; preset xor, and no other, has no folders."""
+    """The flags of this stage; preset xor, and no other, has no folders.
+
+    Attributes:
+        initial_weights: the exported model whose weights are the first, if any.
+        dry_run: whether to print the config alone.
+        unknown: arguments that are not of this command, where a dry run puts up with them.
+    """
 
     dataset_dir: Path | None
     places: Places | None
     train: TrainConfig
     checkpoint_seconds: float = 10.0
     profile: bool = False
+    initial_weights: Path | None = None
     dry_run: bool = False
+    unknown: tuple[str, ...] | None = None
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -92,6 +105,8 @@ def make_parser() -> command.Parser:
     override = parser.add_argument_group("instead of the preset's values")
     for field in SETTINGS:
         add_setting(override, field)
+    about = TrainConfig.__dataclass_fields__["initial_weights"].metadata["about"]
+    parser.add_argument(warm_start.FLAG, metavar="DIR", help=about)
     for (flag, variable), what in zip(
         VERTEX.items(), ("the exported model", "checkpoints", "event files"), strict=True
     ):
@@ -112,8 +127,11 @@ def make_parser() -> command.Parser:
     )
     parser.add_argument(
         "--dry_run",
-        action="store_true",
-        help="check the flags, print the config as JSON and do nothing",
+        nargs="?",
+        const="all",
+        choices=("all", KNOWN),
+        help="check the flags, print the config as JSON and do nothing; known: pass over flags of"
+        " other commands, and print them in a second line",
     )
     return parser
 
@@ -121,7 +139,11 @@ def make_parser() -> command.Parser:
 def parse(argv: list[str]) -> TaskConfig:
     """Parses the command line."""
     parser = make_parser()
-    flags = parser.parse_args(argv)
+    flags, rest = parser.parse_known_args(argv)
+    if rest and flags.dry_run != KNOWN:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    unknown = tuple(rest) if flags.dry_run == KNOWN else None
+    dry_run = flags.dry_run is not None
     folders = {"--dataset_dir": flags.dataset_dir, "--run_dir": flags.run_dir}
     missing = [name for name, value in folders.items() if value is None]
     if missing and flags.preset != "xor":
@@ -131,7 +153,14 @@ def parse(argv: list[str]) -> TaskConfig:
     config = configure(flags.preset, given)
     if flags.preset == "xor":
         _refuse_files(flags)
-        return TaskConfig(dataset_dir=None, places=None, train=config, dry_run=flags.dry_run)
+        return TaskConfig(
+            dataset_dir=None, places=None, train=config, dry_run=dry_run, unknown=unknown
+        )
+    initial = None
+    if flags.initial_weights is not None:
+        initial = storage.folder(flags.initial_weights)
+        checksum = warm_start.checksum(initial, config.hidden_units)
+        config = dataclasses.replace(config, initial_weights=checksum)
     seconds = flags.checkpoint_seconds
     return TaskConfig(
         dataset_dir=storage.folder(flags.dataset_dir),
@@ -139,13 +168,16 @@ def parse(argv: list[str]) -> TaskConfig:
         train=config,
         checkpoint_seconds=TaskConfig.checkpoint_seconds if seconds is None else seconds,
         profile=flags.profile,
-        dry_run=flags.dry_run,
+        initial_weights=initial,
+        dry_run=dry_run,
+        unknown=unknown,
     )
 
 
 def _refuse_files(flags: argparse.Namespace) -> None:
     """Refuses what is about files, which preset xor has none of."""
-    for name in ("dataset_dir", "run_dir", *VERTEX, "checkpoint_seconds", "profile"):
+    files = ("dataset_dir", "run_dir", *VERTEX, "initial_weights", "checkpoint_seconds", "profile")
+    for name in files:
         value = getattr(flags, name)
         if value is not None and value is not False:
             flag = f"--{name}" if value is True else f"--{name} {value}"
@@ -156,6 +188,8 @@ def execute(config: TaskConfig) -> int:
     """Runs the stage."""
     if config.dry_run:
         print(json.dumps(dataclasses.asdict(config.train)))
+        if config.unknown is not None:
+            print(json.dumps(config.unknown))
         return command.DONE
     if config.dataset_dir is None or config.places is None:
         with command.quiet_import():
@@ -169,6 +203,8 @@ def execute(config: TaskConfig) -> int:
         # loads; but one of several workers has to join the others first, to tell them as well.
         if not in_cluster():
             manifest = load_manifest(config.dataset_dir)
+            if config.initial_weights is not None:
+                warm_start.check_classes(config.initial_weights, manifest)
             asked = run_folder.describe(config.train, manifest.dataset_id, devices=None)
             run_folder.check_same_run(config.places, asked)
             if run_folder.is_finished(config.places, asked):
@@ -183,6 +219,7 @@ def execute(config: TaskConfig) -> int:
             stop,
             checkpoint_seconds=config.checkpoint_seconds,
             profile=config.profile,
+            initial_weights=config.initial_weights,
         )
 
 

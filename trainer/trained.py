@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,9 +62,21 @@ class Trained:
 
 
 def build(
-    config: TrainConfig, strategy: tf.distribute.Strategy, splits: Splits, num_classes: int
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    splits: Splits,
+    num_classes: int,
+    initial: Sequence[np.ndarray] | None = None,
 ) -> Trained:
-    """Makes the network on every replica, its update and the compiled functions."""
+    """Makes the network on every replica, its update and the compiled functions.
+
+    Args:
+        config: how to train.
+        strategy: the replicas.
+        splits: what to train on and validate with.
+        num_classes: how many answers there are.
+        initial: the first weights, if not those that the seed draws.
+    """
     with strategy.scope():
         model = MLP(
             NUM_PIXELS,
@@ -73,6 +86,9 @@ def build(
             initializer=config.initializer,
             seed=config.seed,
         )
+        if initial is not None:  # before a moving average begins with them
+            for weight, value in zip(model.weights, initial, strict=True):
+                weight.assign(value)
         update = make_update(config, model.weights, -(-splits.train.size // config.batch_size))
     train = make_train_steps(
         strategy, model, update, splits.train, config, deform=make_deform(config)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,11 +29,17 @@ from absl.flags import argparse_flags
 from pipeline import __version__
 
 DONE = 0
+FAILED = 1
 BAD_INPUT = 2
 KEPT_CHAMPION = 3
+FULL_DISK = 74  # EX_IOERR of sysexits.h: what a stage tells the chain; to anybody else it is FAILED
 LOCKED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED = 130
 TERMINATED = 143
+
+ADVICE = "no room left on the disk; once there is some, the same command goes on from here"
+
+STAGE_VARIABLE = "DIGITS_STAGE"  # of the environment: set where the chain started this process
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,6 +52,16 @@ REMARKS = (
     "Really starting service",
     "Really destroying service",
     "Authentication failed using Compute Engine",  # the command says it in its own words
+)
+
+# How Python, and behind a semicolon TensorFlow, says that there is no room, and where. Beam and
+# TensorFlow wrap the errors of their steps in their own: what is left of them is this text.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM_TEXT = re.compile(
+    r"(?P<tf>[^\s;]+); (?:{said})"
+    r"|\[Errno (?:{codes})\] (?:{said})(?:: '(?P<os>[^'\n]+)'(?: -> '(?P<to>[^'\n]+)')?)?".format(
+        said="|".join(map(os.strerror, NO_ROOM)), codes="|".join(map(str, NO_ROOM))
+    )
 )
 
 # Our own lines, apart from absl's logger, on which TensorFlow writes as well.
@@ -62,6 +80,17 @@ class InputError(Exception):
     """The user's input is wrong; the message names it, its value and what was expected."""
 
     exit_code = BAD_INPUT
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Names the file or folder for which there was no room, if an exception comes from that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return str(error.filename2 or error.filename or "the disk")
+        if found := NO_ROOM_TEXT.search(str(error)):
+            return found["tf"] or found["to"] or found["os"] or "the disk"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class LockedError(InputError):
@@ -100,6 +129,14 @@ def positive_int(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
 
 
+def natural(text: str) -> int:
+    """Parses a flag that counts something which may be missing: an integer of at least 0."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
+
+
 def fraction(text: str) -> float:
     """Parses a flag between 0 and 1, both included."""
     with contextlib.suppress(ValueError):
@@ -108,14 +145,22 @@ def fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
 
 
+def open_fraction(text: str) -> float:
+    """Parses a flag between 0 and 1, neither included."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text}")
+
+
 def run(
     prog: str, parse: Callable[[list[str]], ConfigT], execute: Callable[[ConfigT], int]
 ) -> NoReturn:
     """Parses the command line, runs the command and exits with its code.
 
     An `InputError` from either ends in one line on stderr and its exit code, and so does a wrong
-    value of one of absl's flags; any other exception is a failure of the job itself and keeps
-    its traceback (exit code 1).
+    value of one of absl's flags; a full disk ends in one line and exit code 1. Any other exception
+    is a failure of the job itself and keeps its traceback (exit code 1).
     """
 
     def guarded(step: Callable[[Any], Any], argument: Any) -> Any:
@@ -127,6 +172,11 @@ def run(
         except KeyboardInterrupt:
             print(f"python -m {prog}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except Exception as error:
+            if (place := full_disk(error)) is None:
+                raise
+            print(f"python -m {prog}: error: {place}: {ADVICE}", file=sys.stderr)
+            sys.exit(FULL_DISK if STAGE_VARIABLE in os.environ else FAILED)
 
     def plain(argv: list[str]) -> ConfigT:
         handler = absl_logging.get_absl_handler()
@@ -147,7 +197,8 @@ class _PlainFormatter(logging.Formatter):
 def _worth_showing(record: logging.LogRecord) -> bool:
     """Keeps our own lines, and of the libraries only what warns of something.
 
-    Beam logs an `InputError` of a worker with its traceback; the command says it in one line.
+    Beam logs an `InputError` of a worker, and that the disk is full, with its traceback; the
+    command says it in one line.
     """
     asked = absl_logging.get_verbosity()
     if asked >= absl_logging.DEBUG:
@@ -158,7 +209,9 @@ def _worth_showing(record: logging.LogRecord) -> bool:
     said = record.getMessage()
     return not (
         isinstance(error, InputError)
+        or full_disk(error) is not None
         or f"{__name__}.InputError" in said
+        or NO_ROOM_TEXT.search(said) is not None
         or any(remark in said for remark in REMARKS)
     )
 
@@ -168,12 +221,12 @@ def quiet_import() -> Iterator[None]:
     """Holds back what a library's C++ part writes to stderr as it loads, unless loading fails.
 
     TensorFlow notes there, below any log level it can be given, that it found no GPU and which
-    instructions the processor has.
+    instructions the processor has. It also leaves Keras out; see `without_keras`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as notes:
+    with tempfile.TemporaryFile() as notes, without_keras():
         os.dup2(notes.fileno(), 2)
         try:
             yield
@@ -184,3 +237,20 @@ def quiet_import() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@contextlib.contextmanager
+def without_keras() -> Iterator[None]:
+    """Lets TensorFlow load as it does where Keras is not installed: in about half the time.
+
+    TensorFlow imports Keras, and that scikit-learn and matplotlib, only to register its classes,
+    of which nothing here is made. Afterwards ``tf.keras`` is there for whoever asks for it.
+    """
+    if "keras" in sys.modules:
+        yield
+        return
+    sys.modules["keras"] = None  # type: ignore[assignment]  # makes its import an ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["keras"]

@@ -13,12 +13,12 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from pipeline import gcs
+from pipeline import command, gcs
 from pipeline.command import InputError, LockedError
 from pipeline.gcs import GcsPath
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.leases import Lease
 
 LOCK_NAME = ".lock"
+REMOVED = ".removed"
 SPOOL_BYTES = 32 << 20  # of an object that is being written: in memory, beyond that on the disk
 
 Place = Path | GcsPath
@@ -72,7 +73,27 @@ def sizes(directory: Place) -> dict[str, int]:
     """{name: size in bytes} of the files in a folder, from one listing where it is in a bucket."""
     if isinstance(directory, GcsPath):
         return {name: stat.st_size for name, stat in directory.walk().items() if "/" not in name}
-    return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    return _sizes({path.name: path for path in directory.iterdir()})
+
+
+def walk(directory: Place) -> dict[str, int]:
+    """{name, seen from there: size in bytes} of every file under a folder; none where none is.
+
+    Another process may be removing files meanwhile: what is gone is left out.
+    """
+    if isinstance(directory, GcsPath):
+        return {name: stat.st_size for name, stat in directory.walk().items()}
+    found = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    return _sizes({path.relative_to(directory).as_posix(): path for path in sorted(found)})
+
+
+def _sizes(paths: Mapping[str, Path]) -> dict[str, int]:
+    found = {}
+    for name, path in paths.items():
+        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+            if path.is_file():
+                found[name] = path.stat().st_size
+    return found
 
 
 def write_atomic(path: Place, data: bytes | str) -> None:
@@ -96,7 +117,7 @@ def open_atomic(path: Place) -> Iterator[IO[bytes]]:
     path.parent.mkdir(exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with named(path), os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -104,6 +125,17 @@ def open_atomic(path: Place) -> Iterator[IO[bytes]]:
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Adds the name of a file to what goes wrong with it, where the system leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -125,6 +157,8 @@ def require_writable(directory: Place) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
+        if error.errno in command.NO_ROOM:  # no fault of the flag's
+            raise
         raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
@@ -177,7 +211,8 @@ def _published_whole(final: Path, replace: bool) -> Iterator[Path]:
             # Of a name of its own, which a worker of a killed run that goes on writing lacks.
             fresh = staging / secrets.token_hex(8)
             fresh.mkdir()
-            yield fresh
+            with named(final):
+                yield fresh
             if replace and place.exists():
                 place.rename(aside)
             fresh.rename(place)  # POSIX lets it replace an empty folder
@@ -211,6 +246,13 @@ def recover(final: Place) -> None:
             _clear(staging)
             # What another process puts there, from the moment that the lock is gone, stays.
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover_all(parent: Path) -> None:
+    """Does for every folder in another what `recover` does for one."""
+    for ending in (".incomplete", ".replaced"):
+        for leftover in list(parent.glob(f".*{ending}")):
+            recover(parent / leftover.name.removeprefix(".").removesuffix(ending))
 
 
 def _places(final: Path) -> tuple[Path, Path, Path]:
@@ -254,6 +296,31 @@ def remove(path: Place) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Place, first: str) -> None:
+    """Removes a published folder in such a way that no reader takes a rest of it for a whole.
+
+    Args:
+        folder: the folder.
+        first: the file without which it is nothing to its readers. In a bucket that goes first;
+            elsewhere the whole folder is moved aside, and `discard_leftovers` removes what a
+            process left there that was killed.
+    """
+    if isinstance(folder, GcsPath):
+        (folder / first).unlink(missing_ok=True)
+        remove(folder)
+        return
+    aside = folder.parent / f".{folder.name}{REMOVED}"
+    remove(aside)
+    folder.rename(aside)
+    remove(aside)
+
+
+def discard_leftovers(parent: Place) -> None:
+    """Ends what `discard` began in a folder."""
+    for leftover in parent.glob(f".*{REMOVED}"):
+        remove(leftover)
+
+
 def require_absent(final: Place) -> None:
     """Raises OccupiedError if `final` is a file or a folder that holds anything."""
     if final.is_file() or (final.is_dir() and any(final.iterdir())):
@@ -291,6 +358,8 @@ def _locked(directory: Path) -> Iterator[int]:
         except FileNotFoundError:  # another has removed the folder that we just found or made
             raise LockedError(f"{directory}: another process is at work here") from None
     except OSError as error:
+        if error.errno in command.NO_ROOM:
+            raise
         raise InputError(f"{directory}: cannot be used: {error.strerror}") from None
     try:
         try:

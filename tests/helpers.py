@@ -1,6 +1,7 @@
 """What several test files need: small data, and commands run as a user runs them."""
 
 import gzip
+import json
 import os
 import struct
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+SCALE_TABLE = np.arange(256, dtype=np.float32) / np.float32(255)
 ROOT = Path(__file__).resolve().parent.parent
 NUM_CLASSES = 10
 
@@ -50,6 +52,29 @@ def write_idx(folder, data, *, gz=False, test_stem="t10k"):
                 (folder / f"{stem}-{name}.gz").write_bytes(gzip.compress(content, mtime=0))
             else:
                 (folder / f"{stem}-{name}").write_bytes(content)
+    return folder
+
+
+def export_linear_model(folder, seed, *, num_classes=10, scale=0.1):
+    """Exports a model that knows only a weight matrix [784, C] of this seed; returns the folder."""
+    import tensorflow as tf
+
+    class Linear(tf.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.weights = tf.Variable(weights)
+            self.table = tf.constant(SCALE_TABLE)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="images")])
+        def serve(self, images):
+            x = tf.gather(self.table, tf.cast(tf.reshape(images, [-1, 784]), tf.int32))
+            probabilities = tf.nn.softmax(x @ self.weights)
+            return {"classes": tf.argmax(probabilities, -1), "probabilities": probabilities}
+
+    weights = np.random.default_rng(seed).normal(0, scale, (784, num_classes))
+    module = Linear(weights.astype(np.float32))
+    tf.saved_model.save(module, str(folder), signatures=module.serve)
+    (folder / "model.json").write_text(json.dumps({"model_id": f"m{seed}"}))
     return folder
 
 

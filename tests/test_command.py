@@ -1,5 +1,6 @@
 import argparse
 import os
+import shutil
 import sys
 
 import helpers
@@ -119,6 +120,9 @@ def test_absl_flags_are_understood(run):
     [
         (command.positive_int, "1", 1),
         (command.positive_int, "60000", 60000),
+        (command.open_fraction, "0.05", 0.05),
+        (command.natural, "0", 0),
+        (command.natural, "10000", 10000),
         (command.fraction, "0", 0.0),
         (command.fraction, "1", 1.0),
         (command.fraction, "1e-3", 0.001),
@@ -142,6 +146,20 @@ def test_what_is_no_fraction(text):
     assert str(caught.value) == f"expected a number from 0 to 1, got {text}"
 
 
+@pytest.mark.parametrize("text", ["0", "1", "0.0", "1.0", "-0.001", "1e-999", "nan", "", "x"])
+def test_what_is_not_between_0_and_1(text):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        command.open_fraction(text)
+    assert str(caught.value) == f"expected a number above 0 and below 1, got {text}"
+
+
+@pytest.mark.parametrize("text", ["-1", "1.0", "", "many"])
+def test_what_is_no_natural_number(text):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        command.natural(text)
+    assert str(caught.value) == f"expected an integer of at least 0, got {text}"
+
+
 # What libraries write
 
 
@@ -159,6 +177,24 @@ def test_quiet_import_shows_why_it_failed(capfd):
         os.write(2, b"libcuda.so: version mismatch\n")
         raise ImportError
     assert "version mismatch" in capfd.readouterr().err
+
+
+LOADING = """
+import sys
+from pipeline import command
+with command.quiet_import():
+    import tensorflow as tf
+print([name for name in ("keras", "sklearn", "matplotlib") if name in sys.modules])
+print(tf.keras.layers.Dense(3).units, "keras" in sys.modules)
+with command.quiet_import():
+    print(sys.modules["keras"].__name__)
+"""
+
+
+def test_tensorflow_loads_without_keras_and_has_it_later():
+    done = helpers.run_python("-c", LOADING)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "3 True", "keras"]
 
 
 LOGGING = """
@@ -212,3 +248,54 @@ def test_what_is_shown():
 def test_verbosity(verbosity, shown, hidden):
     done = helpers.run_python("-c", LOGGING, f"--verbosity={verbosity}")
     assert shown in done.stderr and hidden not in done.stderr
+
+
+def full(*names):
+    return OSError(28, "No space left on device", *names)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (full("/a/file"), "/a/file"),
+        (full("/from", None, "/to"), "/to"),
+        (OSError(122, "Disk quota exceeded", "/a b"), "/a b"),
+        (full(), "the disk"),
+        (caused(RuntimeError("it failed"), full("/a/file")), "/a/file"),
+        # As Beam tells of a step that failed, and TensorFlow of a file.
+        (
+            RuntimeError("OSError: [Errno 28] No space left on device: '/a b' [while running 'X']"),
+            "/a b",
+        ),
+        (ValueError("RESOURCE_EXHAUSTED: /a/variables.data; No space left on device"),
+         "/a/variables.data"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: '/a' -> '/b'")]), "/b"),
+        (RuntimeError("[Errno 122] Disk quota exceeded\n"), "the disk"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_one_line(run, error, place):
+    code, stdout, stderr = run(execute=raising(error))
+    assert (code, stdout) == (1, "")
+    assert stderr == (
+        f"python -m some.command: error: {place}: no room left on the disk; once there is some,"
+        " the same command goes on from here\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(27, "File too large", "/a"), OSError(2, "No such file"), ValueError("28")]
+)
+def test_another_error_is_none_of_a_full_disk(error):
+    assert command.full_disk(error) is None
+    assert command.full_disk(caused(RuntimeError("x"), error)) is None
+
+
+def test_a_stage_tells_the_chain_of_a_full_disk(run, monkeypatch):
+    monkeypatch.setenv("DIGITS_STAGE", "some.command")
+    assert run(execute=raising(full("/a/file")))[0] == 74
+    assert run(execute=raising(InputError("no")))[0] == 2

@@ -96,6 +96,18 @@ def test_reading_and_writing(bucket):
             absent()
 
 
+def test_walk_and_discard(bucket):
+    publish()
+    assert storage.walk(FINAL) == {"a": 5, "d": 0, "manifest": 3, "sub/c": 5}
+    gone = []
+    bucket.before = lambda _: gone.append(visible(bucket) == {})
+    storage.discard(FINAL, LAST)
+    assert gone == [False] + [True] * (len(gone) - 1)  # from the first change on, no reader
+    assert standing(bucket) == {}
+    storage.discard_leftovers(FINAL.parent)
+    assert standing(bucket) == {}
+
+
 def test_placeholder_of_a_folder_is_no_file(bucket):
     put(bucket, {"data/set/": b""})
     assert (list(FINAL.iterdir()), FINAL.walk(), FINAL.is_dir()) == ([], {}, True)

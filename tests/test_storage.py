@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -51,6 +52,25 @@ def test_write_atomic(tmp_path, data):
     assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert names(path.parent) == ["file"]
+
+
+def test_walk(tmp_path):
+    assert storage.walk(tmp_path / "none") == storage.walk(tmp_path) == {}
+    for name, content in (("b", "1"), ("a/c/d", "22"), ("a/.e", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert storage.walk(tmp_path) == {"a/.e": 0, "a/c/d": 2, "b": 1}
+
+
+def test_discard(tmp_path):
+    (tmp_path / "set/sub").mkdir(parents=True)
+    (tmp_path / "set/first").touch()
+    (tmp_path / "settings").mkdir()
+    storage.discard(tmp_path / "set", "first")
+    assert names(tmp_path) == ["settings"]
+    (tmp_path / ".set.removed/sub").mkdir(parents=True)
+    storage.discard_leftovers(tmp_path)
+    assert names(tmp_path) == ["settings"]
 
 
 @pytest.mark.parametrize("broken", ["fsync", "fdopen"])
@@ -505,3 +525,35 @@ def test_folder_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(PermissionError, match="no"):
         storage.remove(tmp_path / "folder")
+
+
+def test_what_is_removed_as_it_is_listed_is_left_out(tmp_path, monkeypatch):
+    for name in ("a/one", "b/two", "three"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    stat = Path.stat
+
+    def removed(path, **flags):
+        found = stat(path, **flags)
+        if path.name == "two":
+            shutil.rmtree(path.parent)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", removed)
+        assert storage.walk(tmp_path) == {"a/one": 5, "three": 5}
+    (tmp_path / "three").unlink()
+    assert storage.walk(tmp_path) == {"a/one": 5}
+    assert storage.walk(tmp_path / "none") == {}
+
+
+def test_all_folders_of_one_are_put_in_order(tmp_path):
+    for name, inside in (("a", "whole"), (".a.replaced", "old"), (".b.replaced", "whole")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / inside).touch()
+    (tmp_path / ".c.d.incomplete/part").mkdir(parents=True)
+    storage.recover_all(tmp_path)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["a", "a/whole", "b", "b/whole"]
+    storage.recover_all(tmp_path / "none")

@@ -1,0 +1,737 @@
+"""What the chain makes of stages that succeed, refuse, fail or are killed.
+
+The stages are stood in for by what they leave in their folders; tests of the real ones are in
+test_retrain.py and test_kill_chain.py.
+"""
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+
+from pipeline import chain, evaluate, ledger, plan, registry, retrain
+from pipeline.command import InputError
+from pipeline.dataset import load_manifest
+from pipeline.stages import StageError, Training
+
+BAD_INPUT, FAILED, FULL_DISK, LOCKED, TERMINATED, KEPT = 2, 1, 74, 75, 143, 3
+ALL = ["preprocess", "task", "evaluate"]
+
+
+class StandIn:
+    """In place of the stages' processes: notes which ran, and leaves what they would leave.
+
+    Attributes:
+        ran: the last part of each stage's name.
+        arguments: of the last one.
+        by_stage: of each.
+        accuracy: that the next model has.
+        fails: {stage: exit code}.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.ran = []
+        self.arguments = {}
+        self.by_stage = {}
+        self.accuracy = 0.9
+        self.fails = {}
+
+    def run(self, module, *arguments):
+        stage = module.split(".")[-1]
+        self.ran.append(stage)
+        words = iter(map(str, arguments))
+        self.arguments = {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            self.arguments[name] = value if equals else next(words)
+        self.by_stage[stage] = self.arguments
+        if stage in self.fails:
+            raise StageError(module, self.fails[stage])
+        getattr(self, stage)(**{name[2:]: value for name, value in self.arguments.items()})
+
+    def preprocess(self, output_dir, **_):
+        shutil.copytree(self.dataset, output_dir)
+
+    def task(self, run_dir, dataset_dir, **_):
+        manifest = load_manifest(Path(dataset_dir))
+        export = Path(run_dir) / "export"
+        (Path(run_dir) / "checkpoints").mkdir(exist_ok=True)
+        if export.exists():
+            return
+        export.mkdir()
+        (export / "model.json").write_text(
+            json.dumps(
+                {
+                    "model_id": f"model of {Path(run_dir).name}",
+                    "weights_sha256": "w",
+                    "dataset_id": manifest.dataset_id,
+                    "dataset": {"class_names": list(manifest.class_names)},
+                    "accuracy": self.accuracy,
+                }
+            )
+        )
+
+    def evaluate(self, model_dir, report_dir, dataset_dir, ledger, run_id, baseline_dir=None, **_):
+        model = described(model_dir)
+        baseline = baseline_dir and described(baseline_dir)
+        Path(report_dir).mkdir(exist_ok=True)
+        right = round(model["accuracy"] * 100)  # of 100 rows, all but 9 of the first class
+        rows = [{"label": 0, "support": 91, "accuracy": (right - 9) / 91}]
+        rows += [{"label": label, "support": 1, "accuracy": 1.0} for label in range(1, 10)]
+        names = model["dataset"]["class_names"]
+        content = {
+            "accuracy": model["accuracy"],
+            "correct": right,
+            "per_class": [row | {"name": name} for row, name in zip(rows, names, strict=False)],
+            "model_id": model["model_id"],
+            "dataset_id": model["dataset_id"],
+            "test_id": rows_of(dataset_dir),
+            "challengers_before": evaluate.count_challengers_before(
+                Path(ledger), run_id, rows_of(dataset_dir)
+            ),
+            "baseline": None,
+        }
+        if baseline is not None:
+            theirs = round(baseline["accuracy"] * 100)
+            alone = {"only_model": max(0, right - theirs), "only_baseline": max(0, theirs - right)}
+            both = {"both": min(right, theirs) - 9, "neither": 100 - max(right, theirs)}
+            nobody_alone = {"both": 1, "only_model": 0, "only_baseline": 0, "neither": 0}
+            content["baseline"] = {
+                "correct": theirs,
+                "model_id": baseline["model_id"],
+                "paired": [
+                    {"label": 0} | both | alone,
+                    *({"label": label} | nobody_alone for label in range(1, 10)),
+                ],
+            }
+        (Path(report_dir) / "report.json").write_text(json.dumps(content))
+
+
+def rows_of(dataset_dir):
+    """Stands for the hash of the rows of test."""
+    return " ".join(s.sha256 for s in load_manifest(Path(dataset_dir)).splits["test"].shards)
+
+
+def described(model_dir):
+    return json.loads((Path(model_dir) / "model.json").read_text())
+
+
+@dataclasses.dataclass
+class Job:
+    """A root, a source of its own, and stages."""
+
+    root: Path
+    source: Path
+    stages: StandIn
+
+    def __call__(self, *flags, day=1, seed=22, beam=()):
+        """The command, on the nth day; returns its exit code and the stages that ran."""
+        argv = ["--root", str(self.root), f"--source=idx:{self.source}", f"--window=day{day}"]
+        config = retrain.parse([*argv, *flags])
+        champion = registry.champion(self.root)
+        initial = {}
+        if config.warm_start:
+            initial = {"initial_weights": champion and champion.weights_sha256}
+        training = Training(
+            arguments=(f"--seed={seed}",),
+            rest=beam,
+            config={"preset": "core", "seed": seed} | initial,
+        )
+        source = retrain.resolve_source(config, champion)
+        self.stages.ran = []
+        return retrain.run(config, training, source, self.stages), self.stages.ran
+
+    def lines(self):
+        return ledger.read(self.root)
+
+    def outcomes(self):
+        return [line["outcome"] for line in self.lines()]
+
+    def runs(self):
+        return sorted(path.name.split("-")[0] for path in (self.root / "runs").iterdir())
+
+    def last_run(self):
+        return plan.run_folder(self.root, self.lines()[-1]["run_id"])
+
+    def touch(self):
+        """The same images, written again later."""
+        for path in self.source.iterdir():
+            os.utime(path, (1_700_000_000 + len(self.lines()), 1_700_000_000))
+
+    def change(self):
+        helpers.write_idx(self.source, helpers.make_images(seed=len(self.lines()) + 1))
+        self.touch()
+
+
+@pytest.fixture
+def job(tmp_path, small_idx, small_dataset, monkeypatch):
+    # The stand-in's reports hold what the gate reads, and nothing to fill a table with.
+    monkeypatch.setattr(chain.report, "text_table", lambda content: "the table")
+    root = tmp_path / "root"
+    root.mkdir()
+    source = shutil.copytree(small_idx, tmp_path / "source")
+    return Job(root, source, StandIn(small_dataset))
+
+
+def test_a_run_is_judged_once(job, small_dataset):
+    assert job() == (0, ALL)
+    (line,) = job.lines()
+    manifest = load_manifest(small_dataset)
+    champion = registry.champion(job.root)
+    assert line["run_id"] == champion.run_id == job.last_run().name
+    assert line["run_id"].startswith("day1-core-")
+    assert (line["outcome"], line["promoted"], line["version"]) == ("promoted", True, 1)
+    assert (line["accuracy"], line["per_class_accuracy"]["0"]) == (0.9, 81 / 91)
+    assert line["dataset_id"] == manifest.dataset_id
+    assert line["test_id"] == rows_of(small_dataset)
+    assert (job.root / "datasets" / line["fingerprint"]).is_dir()
+    before = helpers.tree(job.root)
+    assert job(day=1) == (0, [])
+    assert job(day=2) == (0, [])
+    assert helpers.tree(job.root) == before
+
+
+def test_beam_options_reach_both_beam_stages_and_no_other(job):
+    option = "--runner=FlinkRunner"
+    assert job(beam=(option,)) == (0, ALL)
+    given = {stage: each.get("--runner") for stage, each in job.stages.by_stage.items()}
+    assert given == {"preprocess": "FlinkRunner", "task": None, "evaluate": "FlinkRunner"}
+    assert job(beam=("--runner=PrismRunner",)) == (0, [])  # another runner makes the same
+
+
+def test_what_was_kept_out_is_not_tried_again(job):
+    job()
+    job.stages.accuracy = 0.8
+    assert job(day=2, seed=5) == (KEPT, ["task", "evaluate"])
+    reason = job.lines()[1]["reason"]
+    assert reason.startswith("correct answers, against the champion's: 80, required 90; class 0")
+    assert job(day=3, seed=5) == (0, [])
+    assert job.outcomes() == ["promoted", "kept"]
+
+
+def test_how_many_challengers_the_rows_have_judged(job):
+    counts = []
+    for seed in range(3):
+        job(seed=seed)
+        counts.append(json.loads((job.last_run() / "decision.json").read_text()))
+    assert [decision["challengers_before"] for decision in counts] == [0, 1, 2]
+    assert {decision["test_id"] for decision in counts} == {job.lines()[0]["test_id"]}
+
+
+def test_the_same_images_under_other_times_are_nothing_new(job):
+    job()
+    job.touch()
+    assert job(day=2) == (0, ["preprocess"])
+    assert job(day=3) == (0, [])
+    assert job.outcomes() == ["promoted"]
+    assert job.runs() == ["day1"]
+
+
+@pytest.mark.parametrize("stage", ALL)
+@pytest.mark.parametrize("code", [1, -9, 7])
+def test_a_failure_is_gone_on_from_in_another_window(job, stage, code, caplog):
+    job.stages.fails = {stage: code}
+    assert job(day=1) == (FAILED, ALL[: ALL.index(stage) + 1])
+    assert job.lines() == []
+    assert "there is no champion yet; the same command goes on from here" in caplog.text
+    how = "was killed by signal 9" if code == -9 else f"ended with exit code {code}"
+    assert f"{stage} {how}" in caplog.text
+    job.stages.fails = {}
+    skipped = ALL.index(stage) and 1  # the trainer sees for itself that it is done
+    assert job(day=2) == (0, ALL[skipped:])
+    assert (job.outcomes(), job.runs()) == (["promoted"], ["day1"])
+
+
+def test_a_run_that_fails_again_and_again_is_given_up(job, caplog):
+    job.stages.fails = {"task": 1}
+    assert [job(day=day)[0] for day in (1, 2)] == [FAILED] * 2
+    assert job.lines() == []
+    assert job(day=3)[0] == FAILED
+    assert job.outcomes() == ["failed"]
+    assert "given up after 3 attempts" in caplog.text
+    job.stages.fails = {}
+    assert job(day=4) == (0, ["task", "evaluate"])
+    assert (job.outcomes(), job.runs()) == (["failed", "promoted"], ["day1", "day4"])
+
+
+def test_a_full_disk_does_not_count(job, caplog):
+    job.stages.fails = {"task": FULL_DISK}
+    assert [job(day=day)[0] for day in range(1, 6)] == [FAILED] * 5
+    assert "once there is room, the same command goes on from here" in caplog.text
+    assert job.lines() == []
+    job.stages.fails = {"task": 1}
+    assert [job(day=day)[0] for day in range(6, 8)] == [FAILED] * 2
+    job.stages.fails = {}
+    assert job(day=8) == (0, ["task", "evaluate"])
+    assert (job.outcomes(), job.runs()) == (["promoted"], ["day1"])
+
+
+def test_wrong_input_ends_a_run_and_the_same_command_begins_it_anew(job):
+    job.stages.fails = {"task": BAD_INPUT}
+    assert job() == (BAD_INPUT, ["preprocess", "task"])
+    assert job.outcomes() == ["failed"]
+    job.stages.fails = {"evaluate": 1}  # on the way, it can be stopped and gone on from
+    assert job() == (FAILED, ["task", "evaluate"])
+    assert len(plan.unfinished(job.root, job.lines())) == 1
+    job.stages.fails = {}
+    assert job(day=2) == (0, ["task", "evaluate"])
+    assert job.outcomes() == ["failed", "promoted"]
+    assert job.runs() == ["day1"]
+    assert plan.unfinished(job.root, job.lines()) == []
+
+
+@pytest.mark.parametrize("code", [LOCKED, TERMINATED])
+def test_being_stopped_is_no_failure(job, code, caplog):
+    for _ in range(4):
+        job.stages.fails = {"task": code}
+        assert job()[0] == code
+    assert job.lines() == []
+    assert all(record.levelno <= logging.INFO for record in caplog.records)
+    job.stages.fails = {}
+    assert job() == (0, ["task", "evaluate"])
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_whose_source_changed_is_abandoned(job, gone, tmp_path, caplog):
+    job.stages.fails = {"preprocess": 1}
+    job()
+    job.stages.fails = {}
+    if gone:
+        job.source = job.source.rename(tmp_path / "elsewhere")
+    else:
+        job.change()
+    assert job(day=2) == (0, ALL)
+    assert job.outcomes() == ["abandoned", "promoted"]
+    reason = "cannot be read any more" if gone else "has changed, and its dataset was not made"
+    assert reason in job.lines()[0]["reason"]
+    assert reason in caplog.text
+    assert job.lines()[0]["accuracy"] is None
+    assert job(day=3) == (0, [])
+
+
+def test_a_run_whose_dataset_stands_is_finished_first(job):
+    job.stages.fails = {"task": 1}
+    job()
+    job.stages.fails = {}
+    job.change()
+    # The dataset made of the other source is stood in for by the same one: so nothing new.
+    assert job(day=2) == (0, ["task", "evaluate", "preprocess"])
+    assert (job.outcomes(), job.runs()) == (["promoted"], ["day1"])
+    job.change()
+    assert job(day=2, seed=5) == (0, ALL)
+    assert job.runs() == ["day1", "day2"]
+
+
+def age(job, days, *, champion=True, ledger=True):
+    """Lets the champion's promotion, or the ledger's lines, have been so many days ago."""
+    then = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)).isoformat()
+    path = job.root / "models/champion.json"
+    if champion:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"promoted_at": then}))
+    if ledger:
+        lines = [json.dumps(line | {"time": then}) for line in job.lines()]
+        (job.root / "runs.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_an_old_champion_is_challenged_once_in_so_many_days(job):
+    job()
+    assert job("--max_age=1", day=2) == (0, [])
+    age(job, 2)
+    assert job("--max_age=2.1", day=2) == (0, [])
+    job.stages.accuracy = 0.8
+    assert job("--max_age=1.9", day=2) == (KEPT, ["task", "evaluate"])
+    for day in (2, 3, 4):  # the answer is young, although the champion is not
+        assert job("--max_age=1.9", day=day) == (0, [])
+    age(job, 1.8, champion=False)
+    assert job("--max_age=1.9", day=4) == (0, [])
+    age(job, 2, champion=False)
+    job.stages.accuracy = 0.9
+    assert job("--max_age=1.9", day=4) == (0, ["task", "evaluate"])
+    assert job("--max_age=1.9", day=5) == (0, [])  # the champion is young again
+    age(job, 2, champion=False)
+    assert job("--max_age=1.9", day=5) == (0, [])
+    assert job.outcomes() == ["promoted", "kept", "promoted"]
+    assert registry.champion(job.root).version == 2
+
+
+def test_how_long_ago():
+    now = datetime.datetime(2026, 1, 11, tzinfo=datetime.UTC)
+    assert plan.days_since("2026-01-10T12:00:00+00:00", now) == 0.5
+
+
+def test_what_was_kept_out_can_be_forced_in(job, capsys):
+    job()
+    job.stages.accuracy = 0.7
+    assert job(day=2, seed=5)[0] == KEPT
+    assert job("--force_promote", "--reason=we must", day=3, seed=5) == (0, ["task"])
+    assert "promoted: forced (we must) although" in capsys.readouterr().out
+    decision = json.loads((job.last_run() / "decision.json").read_text())
+    assert (decision["promoted"], decision["forced"]) == (True, True)
+    assert decision["force_reason"] == "we must"
+    assert sum(not check["passed"] for check in decision["checks"]) == 3
+    assert [line["forced"] for line in job.lines()] == [False, False, True]
+    assert decision["challengers_before"] == 1  # itself aside
+    assert registry.champion(job.root).run_id == job.lines()[1]["run_id"]
+    assert job("--force_promote", "--reason=we must", day=4, seed=5) == (0, [])
+
+
+def test_other_rules_are_asked_of_what_was_kept_out(job):
+    strict = "--min_accuracy=0.95"
+    assert job(strict) == (KEPT, ALL)
+    assert job(strict, day=2) == (0, [])
+    assert job("--min_accuracy=0.92", day=2) == (KEPT, ["task"])  # the report stands
+    assert job("--min_accuracy=0.92", day=3) == (0, [])
+    assert job(day=3) == (0, ["task"])
+    assert job.outcomes() == ["kept", "kept", "promoted"]
+    assert (len(job.runs()), registry.champion(job.root).version) == (1, 1)
+    decision = json.loads((job.last_run() / "decision.json").read_text())
+    assert decision["rules"] == {
+        "min_accuracy": 0.8, "min_class_accuracy": 0.5, "min_class_images": 1,
+        "promote_if": "at_least_as_good", "alpha": 0.05,
+    }  # fmt: skip
+    before = helpers.tree(job.root)
+    assert job(strict, day=4) == (0, [])  # what was promoted stays
+    assert helpers.tree(job.root) == before
+
+
+def test_other_rules_after_another_champion_need_another_report(job):
+    assert job("--min_accuracy=0.95") == (KEPT, ALL)
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+    assert job(day=3) == (0, ["task", "evaluate"])
+    assert job.stages.arguments["--baseline_dir"] == str(job.root / "models/1")
+    assert job.outcomes() == ["kept", "promoted", "promoted"]
+    shutil.rmtree(job.last_run())
+    assert job("--min_accuracy=0.95", day=4) == (0, [])
+
+
+def test_what_is_unfinished_is_judged_by_its_own_rules_and_then_by_these(job):
+    job.stages.fails = {"evaluate": 1}
+    assert job("--min_accuracy=0.95")[0] == FAILED
+    job.stages.fails = {}
+    assert job(day=2) == (0, ["task", "evaluate", "task"])
+    assert job.outcomes() == ["kept", "promoted"]
+
+
+def test_models_that_were_lost_are_published_again(job):
+    job()
+    shutil.rmtree(job.root / "models")
+    assert job(day=2) == (0, ["task"])
+    assert registry.champion(job.root).run_id == job.lines()[0]["run_id"]
+    assert job(day=3) == (0, [])
+
+
+def test_a_report_that_was_lost_is_made_again(job):
+    job()
+    (job.last_run() / "report/report.json").unlink()
+    assert job(day=2) == (0, ["task", "evaluate"])
+    assert job.runs() == ["day1"]
+    assert registry.champion(job.root).version == 1
+    assert job(day=3) == (0, [])
+
+
+def test_a_run_that_was_pruned_as_a_whole_is_still_judged(job):
+    job()
+    job.stages.accuracy = 0.8
+    job(day=2, seed=5)
+    shutil.rmtree(job.last_run())
+    assert job(day=3, seed=5) == (0, [])
+
+
+def test_other_classes_than_the_champions_are_kept_out(job):
+    job()
+    path = job.root / "models/champion.json"
+    content = json.loads(path.read_text())
+    content["class_names"][0] = "o"
+    path.write_text(json.dumps(content))
+    assert job(day=2, seed=5)[0] == KEPT
+    assert "--baseline_dir" not in job.stages.arguments
+    assert job.lines()[1]["reason"] == (
+        "labels of another class than the champion's: 1, required at most 0"
+        " (label 0 is '0', the champion's 'o')"
+    )
+    (job.root / "models/1/model.json").unlink()
+    with pytest.raises(InputError, match=r"the champion is damaged: .*model\.json"):
+        job(day=2, seed=6)
+
+
+def test_a_decision_outlives_a_kill_unless_the_champion_changed(job, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    job()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(registry, "publish", killed)
+        job(day=2, seed=5)
+    assert job(day=2, seed=5) == (0, ["task"])
+    assert registry.champion(job.root).version == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ledger, "append", killed)
+        job(day=3, seed=6)
+    assert registry.champion(job.root).version == 3  # only the ledger's line is missing
+    assert job(day=3, seed=6) == (0, ["task"])
+    assert registry.champion(job.root).version == 3
+    assert job.outcomes() == ["promoted"] * 3
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(registry, "publish", killed)
+        job(day=4, seed=7)
+    registry.rollback(job.root, 1)
+    assert job(day=4, seed=7) == (0, ["task", "evaluate"])
+
+
+def killed_before(job, monkeypatch, owner, name, *flags, **options):
+    """Starts the command and kills it just before it calls a function."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, killed)
+        job(*flags, **options)
+
+
+@pytest.mark.parametrize("to", [1, 2])
+def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
+    job()
+    job(day=2, seed=5)
+    killed_before(job, monkeypatch, ledger, "append", day=3, seed=6)
+    assert registry.champion(job.root).version == 3
+    registry.rollback(job.root, to)
+    assert job(day=3, seed=6) == (0, ["task"])
+    champion = registry.champion(job.root)
+    assert (champion.version, champion.rolled_back_from) == (4, to)
+    assert [line["version"] for line in job.lines()] == [1, 2, 4, 3]  # the 4th by the rollback
+    assert job(day=4, seed=6) == (0, [])
+    # Nor does it count against it that its report was lost.
+    (job.last_run() / "report/report.json").unlink()
+    assert job(day=5, seed=6) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root) == champion
+    assert job(day=6, seed=6) == (0, [])
+
+
+def test_a_copy_that_the_pointer_never_named_is_published(job, monkeypatch):
+    job()
+    killed_before(job, monkeypatch, registry, "_swap", day=2, seed=5)
+    assert [version.version for version in registry.versions(job.root)] == [1, 2]
+    assert registry.champion(job.root).version == 1
+    assert job(day=2, seed=5) == (0, ["task"])
+    assert registry.champion(job.root).version == 2
+    assert [line["version"] for line in job.lines()] == [1, 2]
+
+
+def test_a_force_reason_is_given_against_one_champion(job, monkeypatch):
+    job()
+    job(day=2, seed=5)
+    job.stages.accuracy = 0.7
+    forced = ("--force_promote", "--reason=we must")
+    killed_before(job, monkeypatch, registry, "publish", *forced, day=3, seed=6)
+    registry.rollback(job.root, 1)
+    assert job(day=3, seed=7) == (KEPT, ["task", "evaluate", "task", "evaluate"])
+    assert job.outcomes() == ["promoted", "promoted", "rolled_back", "kept", "kept"]
+    assert registry.champion(job.root).rolled_back_from == 1
+    assert job(*forced, day=4, seed=6) == (0, ["task"])
+    assert registry.champion(job.root).run_id == job.lines()[3]["run_id"]
+
+
+def test_a_force_reason_outlives_a_kill(job, monkeypatch):
+    job()
+    job.stages.accuracy = 0.7
+    forced = ("--force_promote", "--reason=we must")
+    killed_before(job, monkeypatch, registry, "publish", *forced, day=2, seed=6)
+    assert job(day=3, seed=6) == (0, ["task"])
+    assert (registry.champion(job.root).version, job.lines()[1]["forced"]) == (2, True)
+
+
+def test_a_warm_start_goes_on_from_the_model_it_began_with(job):
+    assert job("--warm_start", seed=1) == (0, ALL)
+    job.stages.fails = {"task": 1}
+    assert job("--warm_start", day=2, seed=2) == (FAILED, ["task"])
+    assert job.stages.arguments["--initial_weights"] == str(job.root / "models/1")
+    other = shutil.copytree(job.root / "models/1", job.root.parent / "other")
+    (other / "model.json").write_text(json.dumps(described(other) | {"model_id": "other"}))
+    known = registry.champion(job.root)
+    registry.publish(job.root, other, dataclasses.replace(known, run_id="other", model_id="other"))
+    assert registry.champion(job.root).version == 2
+    job.stages.fails = {"evaluate": 1}
+    assert job("--warm_start", day=3, seed=2) == (FAILED, ["task", "evaluate"])
+    (begun,) = plan.unfinished(job.root, job.lines())
+    assert (begun.initial_weights, begun.window) == ("models/1", "day2")
+    job.stages.fails = {}
+    assert job(seed=2, day=3)[0] == 0  # a cold start is another training: both are done
+    assert [line["window"] for line in job.lines()] == ["day1", "day2", "day3"]
+    assert "--initial_weights" not in job.stages.arguments
+
+
+def test_what_a_kill_left_is_cleared_away(job):
+    job()
+    left = [
+        job.root / "models/.champion.json.abc",
+        job.last_run() / ".decision.json.abc",
+        job.last_run() / "report/.report.html.abc",
+    ]
+    empty = job.root / "runs/day0-core-x"
+    empty.mkdir()
+    (empty / ".request.json.abc").touch()
+    (job.last_run() / "decision.json").unlink()
+    for path in left:
+        path.touch()
+    published = job.root / "models/.1.incomplete"  # killed after it was renamed
+    (published / "abc").mkdir(parents=True)
+    (published / ".lock").touch()
+    assert job(day=2)[0] == 0
+    assert not any(path.exists() for path in [*left, empty, published])
+    assert (job.root / "models/1/model.json").exists()
+
+
+def test_a_twin_that_is_killed_as_it_goes_leaves_nothing(job, monkeypatch):
+    job()
+    job.touch()
+    remove, removed = chain.storage.remove, []
+
+    def killed(path):
+        if path.exists():  # moved aside, but not removed
+            removed.append(path.name)
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chain.storage, "remove", killed)
+        job(day=2)
+    (name,) = removed
+    assert (job.root / "runs" / name / "request.json").exists()
+    assert name.startswith(".day2-core-")
+    assert plan.unfinished(job.root, job.lines()) == []
+    assert job(day=2) == (0, [])
+    assert job.runs() == ["day1"]
+
+
+def test_folders_of_others_are_left_alone(job):
+    other = job.root / "runs/other"
+    other.mkdir(parents=True)
+    (other / "config.json").touch()
+    (job.root / "runs/note.txt").touch()
+    assert job()[0] == 0
+    assert (other / "config.json").exists()
+
+
+def test_the_page_is_brought_up_to_date_even_where_nothing_is_new(job, monkeypatch):
+    job()
+    page = job.root / "index.html"
+    job.stages.accuracy = 0.85
+    killed_before(job, monkeypatch, retrain.index, "write_index", day=2, seed=5)
+    assert job.outcomes() == ["promoted", "kept"]
+    assert job.last_run().name not in page.read_text()
+    assert job(day=2, seed=5) == (0, [])
+    assert job.last_run().name in page.read_text()
+    before = page.stat()
+    assert job(day=3, seed=5) == (0, [])
+    assert page.stat() == before
+    job.stages.fails = {"task": 1}
+    assert job(day=3, seed=6) == (FAILED, ["task"])
+    assert "day3-core-" in page.read_text()
+
+
+def test_a_trainer_that_cannot_be_asked_is_a_failure(job, monkeypatch, caplog):
+    def crashes(*_, **__):
+        raise StageError("trainer.task --dry_run", -9)
+
+    monkeypatch.setattr(retrain, "ask_trainer", crashes)
+    before = helpers.tree(job.root)
+    config = retrain.parse(["--root", str(job.root), f"--source=idx:{job.source}"])
+    assert retrain.execute(config) == FAILED
+    assert "trainer.task --dry_run was killed by signal 9; nothing was begun" in caplog.text
+    assert helpers.tree(job.root) == before
+
+
+UNREADABLE = ["", "{", "[]", "{}", "3", '{"run_id": 1}']
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_request_that_cannot_be_read_is_named(job, text):
+    job.stages.fails = {"task": 1}
+    assert job()[0] == FAILED
+    (run,) = (job.root / "runs").iterdir()
+    (run / "request.json").write_text(text)
+    with pytest.raises(InputError, match=r"request.json: not the request of a run"):
+        job(day=2, seed=5)
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_of_what_came_to_an_end_no_request_is_asked(job, text):
+    job()
+    (job.last_run() / "request.json").write_text(text)
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+
+
+def test_a_request_of_another_version_is_read(job):
+    job.stages.fails = {"task": 1}
+    assert job()[0] == FAILED
+    (run,) = (job.root / "runs").iterdir()
+    before = plan.read_request(run)
+    content = json.loads((run / "request.json").read_text())
+    content["rules"] = content["rules"] | {"later": 1}
+    del content["rules"]["alpha"]  # has a default
+    (run / "request.json").write_text(json.dumps(content | {"later": 1}))
+    assert plan.read_request(run) == before
+    job.stages.fails = {}
+    assert job() == (0, ["task", "evaluate"])
+
+
+def test_the_plan_says_what_is_made_and_skipped_and_writes_nothing(job):
+    def described(*flags, day=1, seed=22):
+        argv = ["--root", str(job.root), f"--source=idx:{job.source}", f"--window=day{day}"]
+        config = retrain.parse([*argv, *flags])
+        training = Training(
+            arguments=(f"--seed={seed}",), rest=(), config={"preset": "core", "seed": seed}
+        )
+        lines = job.lines()
+        source = retrain.resolve_source(config, None)
+        request = retrain.make_request(config, training, source, lines)
+        before = helpers.tree(job.root)
+        text = plan.describe(job.root, request, None, lines)
+        assert helpers.tree(job.root) == before
+        return text.splitlines()
+
+    read, made, trained, compared, gate = described()
+    assert read == f"read     idx:{job.source}"
+    assert made.startswith(f"make     the dataset {job.root}/datasets/")
+    assert made.endswith("(--num_shards=8 --compression=none --max_quarantined=0.01)")
+    assert trained.startswith("make     train run day1-core-")
+    assert trained.endswith(" (--seed=22)")
+    assert compared == "compare  with the floors alone: there is no champion"
+    assert gate == (
+        "gate     min_accuracy 0.8, min_class_accuracy 0.5, min_class_images 1,"
+        " promote_if at_least_as_good, alpha 0.05"
+    )
+    job()
+    skipped, _, compared, _ = described(seed=5, day=2)
+    assert skipped.startswith("skip     preprocess: ")
+    assert compared == f"compare  with the champion, version 1 of run {job.last_run().name}"
+    job.stages.fails = {"evaluate": 1}
+    job(seed=5, day=2)
+    first, *_ = described(seed=6, day=3)
+    assert first.startswith("first    finish run day2-core-")
+    _, trained, *_ = described(seed=5, day=2)
+    assert trained.startswith("skip     training: ")
+    # In another window it is that run all the same, and no other training.
+    for flags, left in (
+        ((), "nothing is new"),
+        (("--min_accuracy=0.7",), "the rules of this command are asked, if its own keep it out"),
+        (
+            ("--force_promote", "--reason=must"),
+            "it is promoted by force, if the gate keeps it out",
+        ),
+    ):
+        first, skipped = described(*flags, seed=5, day=3)
+        assert first.startswith("first    finish run day2-core-")
+        assert skipped == (
+            f"skip     all of it; it is this very training, and once it is finished {left}"
+        )
+    job.stages.fails = {}
+    assert job(seed=5, day=3) == (0, ["task", "evaluate"])

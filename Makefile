@@ -53,6 +53,8 @@ bench: $(INSTALLED) ## measure, each figure against a peer in the same run
 	$(BIN)/python -m benchmarks.train --replicas 2
 	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.train --whole "$$MNIST_IDX_DIR"
 	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.preprocess --idx "$$MNIST_IDX_DIR"
+	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.evaluate --idx "$$MNIST_IDX_DIR"
+	@test -z "$$MNIST_IDX_DIR" || $(BIN)/python -m benchmarks.job --idx "$$MNIST_IDX_DIR"
 
 gpu-check: $(INSTALLED) ## show on this machine's GPUs what the tests show on logical CPUs (pip install '.[gpu]')
 	$(BIN)/python -m benchmarks.gpu_check

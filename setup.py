@@ -28,7 +28,7 @@ setup(
     description="Beam, TensorFlow Core and a gate: from images of digits to a served model",
     python_requires=">=3.11,<3.12",
     packages=["pipeline", "pipeline.sources", "trainer"],
-    package_data={"pipeline": ["report.html.jinja", "py.typed"], "trainer": ["py.typed"]},
+    package_data={"pipeline": ["*.jinja", "*.js", "py.typed"], "trainer": ["py.typed"]},
     install_requires=[
         "absl-py",  # app, logging and flag parsing
         "apache-beam",  # the data stages

@@ -157,7 +157,9 @@ def test_the_other_of_a_killed_worker_says_so_in_one_line(killed, small_dataset,
     assert codes[1 - killed] == 1, said
     expected = "another worker ended; the same command on all goes on from the last checkpoint"
     assert errors(said)[1 - killed] == expected
-    assert checkpoints(run_dir)[-1] == "step-00000035.ckpt"
+    # A chief that is left alone may have been about to save when it learned of it.
+    steps = (35,) if killed == 0 else (25, 35)
+    assert checkpoints(run_dir)[-1] in [f"step-{step:08d}.ckpt" for step in steps]
 
 
 @pytest.mark.campaign

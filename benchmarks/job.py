@@ -46,6 +46,10 @@ def run_chain(idx: Path, root: Path, notes: Path) -> tuple[Usage, list[Stage]]:
     total = timed(*probe, CHAIN, "--root", root, f"--source=idx:{idx}")
     lines = [json.loads(line) for line in notes.read_text().splitlines()]
     ended = {line["pid"]: line for line in lines if "startup" in line}
+    # What only waits beside the others would be counted twice.
+    for line in [line for line in lines if line.get("command", [""])[0] == "pipeline.watchdog"]:
+        lines.remove(line)
+        ended.pop(line["pid"])
     stages = [
         Stage(
             name=_name(line["command"]),

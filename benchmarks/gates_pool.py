@@ -107,10 +107,8 @@ def _trained(
     import tensorflow as tf
     from tqdm import tqdm
 
-    from pipeline.dataset import NUM_PIXELS
     from trainer import data
-    from trainer.model import MLP
-    from trainer.trained import Splits, build
+    from trainer.trained import Splits, build, make_network
 
     source = _make_source(mnist)
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
@@ -118,14 +116,7 @@ def _trained(
     first = trained.values()
     for night in tqdm(nights, unit="model", disable=None):
         mine = dataclasses.replace(config, seed=night.seed)
-        weights = MLP(
-            NUM_PIXELS,
-            mine.hidden_units,
-            NUM_CLASSES,
-            activation=mine.activation,
-            initializer=mine.initializer,
-            seed=mine.seed,
-        ).weights
+        weights = make_network(mine, NUM_CLASSES).weights
         trained.assign([weight.numpy() for weight in weights] + first[len(weights) :])
         source.current_labels = spoil(mnist.labels, night.spoiled)
         for epoch in range(mine.epochs):

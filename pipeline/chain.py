@@ -22,6 +22,7 @@ from pipeline import (
 from pipeline.command import InputError, log, show
 from pipeline.dataset import MANIFEST_NAME, Manifest, load_manifest
 from pipeline.ledger import Line
+from pipeline.models import MODEL_FILE
 from pipeline.plan import DECISION_FILE, REPORT, Request
 from pipeline.stages import StageError, Stages, trainer_folders
 
@@ -296,7 +297,7 @@ def _carry_out(root: Path, request: Request, decision: dict[str, Any]) -> None:
 
 def _publish(root: Path, request: Request, decision: dict[str, Any]) -> registry.Version:
     run_dir = plan.run_folder(root, request.run_id)
-    model = json.loads((run_dir / "export" / "model.json").read_text())
+    model = json.loads((run_dir / "export" / MODEL_FILE).read_text())
     version = registry.Version(
         model_id=model["model_id"],
         weights_sha256=model["weights_sha256"],

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import ledger, options, registry, storage
 from pipeline.command import InputError
 from pipeline.dataset import MANIFEST_NAME, load_manifest
+from pipeline.models import MODEL_FILE
 from pipeline.options import PreprocessConfig
 from pipeline.rules import Rules
 
@@ -226,7 +227,7 @@ def describe(
         flags = " ".join(options.dataset_arguments(request.preprocess(dataset_dir)))
         rows.append(("read", source))
         rows.append(("make", f"the dataset {dataset_dir} ({flags})"))
-    if (folder / "export" / "model.json").is_file():
+    if (folder / "export" / MODEL_FILE).is_file():
         rows.append(("skip", f"training: {folder / 'export'} stands"))
     else:
         begin = "go on with" if (folder / "checkpoints").is_dir() else "train"

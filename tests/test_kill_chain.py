@@ -1,14 +1,10 @@
 """The whole chain, killed at any moment: the same command ends in the same champion."""
 
-import contextlib
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import helpers
@@ -67,20 +63,7 @@ finally:
 def run(root, source, how="step", moment=MANY):
     """Runs the command to its end, its own or ours; (exit code, what it printed, its log)."""
     arguments = ("--root", root, "--source", f"idx:{source}", *FLAGS)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *map(str, (root, how, moment, *arguments))],
-        env=os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, log = process.communicate(timeout=600)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    return process.returncode, said, log
+    return helpers.run_doomed(KILLED, root, how, moment, *arguments)
 
 
 def wait_for_the_lock(root):

@@ -1,12 +1,8 @@
 """Killed at any moment, the same command ends in the weights of a run that nothing disturbed."""
 
-import contextlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 
 import helpers
 import pytest
@@ -83,20 +79,7 @@ finally:
 def run(dataset, run_dir, how="step", moment=MANY):
     """Runs the command to its end, its own or ours; (exit code, what it printed, its log)."""
     arguments = ("--dataset_dir", dataset, "--run_dir", run_dir, *FLAGS)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *map(str, (run_dir, how, moment, *arguments))],
-        env=os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, log = process.communicate(timeout=600)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    return process.returncode, said, log
+    return helpers.run_doomed(KILLED, run_dir, how, moment, *arguments)
 
 
 def result(run_dir):

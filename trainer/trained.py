@@ -61,6 +61,18 @@ class Trained:
         return [weight.numpy() for weight in self._update.evaluated(self.model.weights)]
 
 
+def make_network(config: TrainConfig, num_classes: int) -> MLP:
+    """The network of a config, with the weights that its seed draws."""
+    return MLP(
+        NUM_PIXELS,
+        config.hidden_units,
+        num_classes,
+        activation=config.activation,
+        initializer=config.initializer,
+        seed=config.seed,
+    )
+
+
 def build(
     config: TrainConfig,
     strategy: tf.distribute.Strategy,
@@ -78,14 +90,7 @@ def build(
         initial: the first weights, if not those that the seed draws.
     """
     with strategy.scope():
-        model = MLP(
-            NUM_PIXELS,
-            config.hidden_units,
-            num_classes,
-            activation=config.activation,
-            initializer=config.initializer,
-            seed=config.seed,
-        )
+        model = make_network(config, num_classes)
         if initial is not None:  # before a moving average begins with them
             for weight, value in zip(model.weights, initial, strict=True):
                 weight.assign(value)

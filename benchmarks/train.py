@@ -198,7 +198,7 @@ def whole(idx: Path, rounds: int) -> None:
         images = read_idx(idx / "train-images-idx3-ubyte.gz", 16).reshape(-1, 784)
         labels = read_idx(idx / "train-labels-idx1-ubyte.gz", 8)
         np.savez(folder / "mnist.npz", images=images / np.float32(255), labels=labels)
-        (folder / "keras.py").write_text(KERAS_WHOLE)
+        (folder / "peer.py").write_text(KERAS_WHOLE)
         found = []
         for i in range(rounds):
             task = ("-m", "trainer.task", f"--dataset_dir={folder}/data")
@@ -206,7 +206,7 @@ def whole(idx: Path, rounds: int) -> None:
             check = re.search(r"a fresh process answers .* \(([0-9.]+) s\)", ours.log)
             assert check is not None
             ours = dataclasses.replace(ours, wall=ours.wall - float(check[1]))
-            theirs = timed(folder / "keras.py", folder / "mnist.npz", folder / f"keras{i}")
+            theirs = timed(folder / "peer.py", folder / "mnist.npz", folder / f"keras{i}")
             found.append((ours, theirs))
         ratio = statistics.median(ours.wall / theirs.wall for ours, theirs in found)
         for i, name in enumerate(("this trainer", "Keras, jit, 39")):

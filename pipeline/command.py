@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
@@ -32,7 +32,9 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 KEPT_CHAMPION = 3
-FULL_DISK = 74  # EX_IOERR of sysexits.h: what a stage tells the chain; to anybody else it is FAILED
+# What a stage tells the chain; to anybody else it is FAILED.
+UNREACHABLE = 69  # EX_UNAVAILABLE of sysexits.h
+FULL_DISK = 74  # EX_IOERR
 LOCKED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED = 130
 TERMINATED = 143
@@ -52,6 +54,7 @@ REMARKS = (
     "Really starting service",
     "Really destroying service",
     "Authentication failed using Compute Engine",  # the command says it in its own words
+    "checking soft delete policy",  # which takes more rights than a job needs
 )
 
 # How Python, and behind a semicolon TensorFlow, says that there is no room, and where. Beam and
@@ -76,6 +79,31 @@ def show(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for the rest of the process
 
 
+def aligned(
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Collection[int] = (0,),
+    least: int = 0,
+    gap: str = "  ",
+) -> list[str]:
+    """Lays out rows of cells as lines of text, in columns as wide as their longest cell.
+
+    Args:
+        rows: of as many cells each.
+        left: the numbers of the columns that begin alike; the others end alike, as numbers do.
+        least: how wide a column is at least.
+        gap: what stands between two columns.
+    """
+    widths = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        gap.join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 class InputError(Exception):
     """The user's input is wrong; the message names it, its value and what was expected."""
 
@@ -97,6 +125,22 @@ class LockedError(InputError):
     """Another process holds the lock of this folder."""
 
     exit_code = LOCKED
+
+
+class UnreachableError(InputError):
+    """A server does not answer, or not as it should, or has no room: no fault of the input's."""
+
+    exit_code = UNREACHABLE
+
+
+class FailedError(InputError):
+    """The job itself failed, for a reason that one line tells."""
+
+    exit_code = FAILED
+
+
+class StoppedError(BaseException):
+    """A SIGTERM came; the message says what became of the work. No `except Exception` takes it."""
 
 
 class Parser(argparse_flags.ArgumentParser):
@@ -159,8 +203,8 @@ def run(
     """Parses the command line, runs the command and exits with its code.
 
     An `InputError` from either ends in one line on stderr and its exit code, and so does a wrong
-    value of one of absl's flags; a full disk ends in one line and exit code 1. Any other exception
-    is a failure of the job itself and keeps its traceback (exit code 1).
+    value of one of absl's flags; a silent server and a full disk end in one line and exit code 1.
+    Any other exception is a failure of the job itself and keeps its traceback (exit code 1).
     """
 
     def guarded(step: Callable[[Any], Any], argument: Any) -> Any:
@@ -168,15 +212,18 @@ def run(
             return step(argument)
         except (InputError, flags.Error) as error:
             print(f"python -m {prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(getattr(error, "exit_code", BAD_INPUT))
+            sys.exit(_told(getattr(error, "exit_code", BAD_INPUT)))
         except KeyboardInterrupt:
             print(f"python -m {prog}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except StoppedError as error:
+            print(f"python -m {prog}: stopped: {error}", file=sys.stderr)
+            sys.exit(TERMINATED)
         except Exception as error:
             if (place := full_disk(error)) is None:
                 raise
             print(f"python -m {prog}: error: {place}: {ADVICE}", file=sys.stderr)
-            sys.exit(FULL_DISK if STAGE_VARIABLE in os.environ else FAILED)
+            sys.exit(_told(FULL_DISK))
 
     def plain(argv: list[str]) -> ConfigT:
         handler = absl_logging.get_absl_handler()
@@ -186,6 +233,12 @@ def run(
         return guarded(parse, argv[1:])
 
     app.run(lambda config: guarded(execute, config), flags_parser=plain)
+
+
+def _told(code: int) -> int:
+    """The exit code of a command: some tell the chain alone what it was that failed."""
+    for_chain = code in (FULL_DISK, UNREACHABLE) and STAGE_VARIABLE not in os.environ
+    return FAILED if for_chain else code
 
 
 class _PlainFormatter(logging.Formatter):
@@ -211,6 +264,7 @@ def _worth_showing(record: logging.LogRecord) -> bool:
         isinstance(error, InputError)
         or full_disk(error) is not None
         or f"{__name__}.InputError" in said
+        or f"{__name__}.UnreachableError" in said
         or NO_ROOM_TEXT.search(said) is not None
         or any(remark in said for remark in REMARKS)
     )

@@ -28,13 +28,18 @@ SCHEME = "gs://"
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 MAX_KEY_BYTES = 1024
 ATTEMPTS = 5  # to replace an object that others replace as well
+SESSION_BYTES = 8 << 20  # above which the client uploads in several requests
 
 
 class ChangedError(LockedError):
     """An object is not of the generation that was expected: somebody else is at work there."""
 
-    def __init__(self, path: GcsPath) -> None:
-        super().__init__(f"{path}: was changed by another process meanwhile")
+    def __init__(self, what: GcsPath | str) -> None:
+        """`what`: the object; or the whole message, of which Beam makes an error anew."""
+        said = (
+            what if isinstance(what, str) else f"{what}: was changed by another process meanwhile"
+        )
+        super().__init__(said)
 
 
 class Stat(NamedTuple):
@@ -80,16 +85,22 @@ class GcsPath:
         stem, dot, end = self.name.rpartition(".")
         return dot + end if stem and end else ""
 
+    def absolute(self) -> GcsPath:
+        """The same: a name in a bucket depends on no current folder."""
+        return self
+
     def relative_to(self, folder: GcsPath) -> str:
         """The rest of the name, seen from a folder that it is in."""
         return self.key.removeprefix(folder._prefix)
 
     # Reading
 
-    def find(self) -> Stat | None:
-        """What the server knows of the object; None if there is none."""
+    def find(self, *, seconds: float | None = None) -> Stat | None:
+        """What the server knows of the object; None if there is none. `seconds`: see `put`."""
+        if not self.key:
+            return None
         with told(self):
-            return _stat(bucket(self.bucket).get_blob(self.key, **patience())) if self.key else None
+            return _stat(bucket(self.bucket).get_blob(self.key, **patience(seconds)))
 
     def stat(self) -> Stat:
         """The same; FileNotFoundError if there is none."""
@@ -143,6 +154,38 @@ class GcsPath:
         except AbsentError:
             raise self._missing() from None
 
+    def download(self, file: IO[bytes]) -> None:
+        """Writes the content to a file as it arrives, checked as `read_bytes` checks it."""
+        try:
+            with told(self):
+                self._blob().download_to_file(
+                    file, raw_download=True, checksum="crc32c", **patience()
+                )
+        except AbsentError:
+            raise self._missing() from None
+
+    def read_range(self, first: int, size: int, generation: int) -> bytes:
+        """Some bytes of the content that has this generation.
+
+        Raises:
+            InputError: it has another by now.
+        """
+        try:
+            with told(self):
+                data: bytes = self._blob().download_as_bytes(
+                    start=first,
+                    end=first + size - 1,
+                    if_generation_match=generation,
+                    raw_download=True,
+                    checksum=None,  # there is none of a range
+                    **patience(),
+                )
+        except (AbsentError, UnmetError):
+            raise InputError(f"{self}: changed while it was read") from None
+        if len(data) != size:
+            raise InputError(f"{self}: changed while it was read")
+        return data
+
     def read_text(self) -> str:
         """The content as UTF-8."""
         return self.read_bytes().decode()
@@ -157,34 +200,35 @@ class GcsPath:
                 return self.put(data, found.generation if found else 0)
         raise ChangedError(self)
 
-    def put(self, data: bytes | IO[bytes], generation: int) -> Stat:
+    def put(
+        self, data: bytes | IO[bytes], generation: int, *, seconds: float | None = None
+    ) -> Stat:
         """Writes the object if it is of this generation; 0: if there is none.
 
         An object that has the very content already is taken for ours: a first attempt may have
         succeeded although its answer was lost.
 
+        Args:
+            data: the content.
+            generation: the one that is replaced.
+            seconds: that one request may take, and that it is tried again, if not the usual.
+
         Raises:
             ChangedError: it is of another generation.
         """
         file = io.BytesIO(data) if isinstance(data, bytes) else data
-        size, checksum = _measure(file)
-        try:
-            with told(self):
-                blob = self._blob()
-                blob.upload_from_file(
-                    file,
-                    rewind=True,
-                    size=size,
-                    content_type="application/octet-stream",
-                    if_generation_match=generation,
-                    checksum="crc32c",
-                    **patience(),
-                )
-                return _stat(blob)  # type: ignore[return-value]
-        except AbsentError:
-            raise _no_bucket(self) from None
-        except UnmetError:
-            return self._as_wanted(size, checksum)
+        size, checksum = measure(file)
+        for _ in range(ATTEMPTS):
+            try:
+                return self._upload(file, size, generation, seconds)
+            except AbsentError:
+                # Of several requests, the last may have been done although its answer was lost:
+                # the server then knows nothing of them any more. Another attempt finds out.
+                if size <= SESSION_BYTES:
+                    break
+            except UnmetError:
+                return self._as_wanted(size, checksum, seconds)
+        raise _no_bucket(self)
 
     def copy(self, source: GcsPath, stat: Stat) -> None:
         """Becomes a copy, made by the server, of another object where there is none yet.
@@ -217,12 +261,11 @@ class GcsPath:
             FileNotFoundError: there is none, and that is not all right.
             ChangedError: it is of another generation.
         """
+        if not missing_ok:
+            self.stat()  # later on, its absence may be our own doing, whose answer was lost
         try:
-            with told(self):
+            with contextlib.suppress(AbsentError), told(self):
                 self._blob().delete(if_generation_match=generation, **patience())
-        except AbsentError:
-            if not missing_ok:
-                raise self._missing() from None
         except UnmetError:
             raise ChangedError(self) from None
 
@@ -245,8 +288,22 @@ class GcsPath:
         except AbsentError:
             raise _no_bucket(self) from None
 
-    def _as_wanted(self, size: int, checksum: str) -> Stat:
-        found = self.find()
+    def _upload(self, file: IO[bytes], size: int, generation: int, seconds: float | None) -> Stat:
+        with told(self):
+            blob = self._blob()
+            blob.upload_from_file(
+                file,
+                rewind=True,
+                size=size,
+                content_type="application/octet-stream",
+                if_generation_match=generation,
+                checksum="crc32c",
+                **patience(seconds),
+            )
+            return _stat(blob)  # type: ignore[return-value]
+
+    def _as_wanted(self, size: int, checksum: str, seconds: float | None = None) -> Stat:
+        found = self.find(seconds=seconds)
         if found is None or (found.st_size, found.crc32c) != (size, checksum):
             raise ChangedError(self)
         return found
@@ -276,13 +333,18 @@ def _stat(blob: Any) -> Stat | None:
     return blob and Stat(blob.size, blob.generation, blob.crc32c, blob.updated)
 
 
-def _measure(file: IO[bytes]) -> tuple[int, str]:
+def measure(file: IO[bytes]) -> tuple[int, str]:
     """The size of a file's content and its CRC32C, written as the server writes it."""
     file.seek(0)
     checksum = google_crc32c.Checksum()
     while chunk := file.read(1 << 20):
         checksum.update(chunk)
     return file.tell(), base64.b64encode(checksum.digest()).decode()
+
+
+def crc32c(data: bytes) -> str:
+    """The CRC32C of a content, written as the server writes it."""
+    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
 
 
 def _no_bucket(path: GcsPath) -> InputError:

@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.command import InputError
+from pipeline.command import InputError, UnreachableError
 
 EMULATOR = "STORAGE_EMULATOR_HOST"
+NO_BUCKET_LOOKUP = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 RETRY_SECONDS = 60.0  # after which a server that does not answer is given up
 TIMEOUT_SECONDS = 60.0  # of one request
 
@@ -32,12 +33,20 @@ def bucket(name: str) -> Any:
     return _client(os.getpid(), os.environ.get(EMULATOR)).bucket(name)
 
 
-def patience() -> dict[str, Any]:
-    """How long a request may take and be tried again, as its arguments."""
+def patience(seconds: float | None = None) -> dict[str, Any]:
+    """How long a request may take and be tried again, as its arguments.
+
+    Args:
+        seconds: at most, each; where less is wanted than the usual.
+    """
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    retry = DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=0.25, maximum=8.0)
-    return {"retry": retry, "timeout": TIMEOUT_SECONDS}
+    limit = float("inf") if seconds is None else seconds
+    retry = DEFAULT_RETRY.with_timeout(min(limit, RETRY_SECONDS))
+    return {
+        "retry": retry.with_delay(initial=0.25, maximum=8.0),
+        "timeout": min(limit, TIMEOUT_SECONDS),
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,6 +54,8 @@ def _client(process: int, emulator: str | None) -> Any:
     """The client of this process: one that was made before a fork would share its connections."""
     if emulator and not emulator.startswith(("http://", "https://")):
         raise InputError(f"{EMULATOR} {emulator}: expected http://host:port")
+    # Unasked, the client looks up a bucket's place for its traces, which takes a right of its own.
+    os.environ.setdefault(NO_BUCKET_LOOKUP, "true")
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 
@@ -65,18 +76,27 @@ def told(path: object) -> Iterator[None]:
     Raises:
         AbsentError: there is no such object or bucket.
         UnmetError: a precondition does not hold.
-        InputError: the server refused or did not answer, or the client or its credentials are
-            missing.
+        UnreachableError: the server did not answer, or not as it should.
+        InputError: the server refused, or the client or its credentials are missing.
     """
     try:
         import requests
         from google.api_core import exceptions
         from google.auth.exceptions import GoogleAuthError
-        from google.cloud.storage.exceptions import DataCorruption
+        from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
     except ImportError:
         raise InputError("gs:// folders need a package: pip install google-cloud-storage") from None
     try:
-        yield
+        try:
+            yield
+        except requests.RequestException as error:
+            # Its answer may have come, and have been cut where it explains itself.
+            answered: BaseException | None = error
+            while answered is not None and not isinstance(answered, InvalidResponse):
+                answered = answered.__context__
+            if answered is None:
+                raise
+            raise exceptions.from_http_status(answered.response.status_code, "") from None
     except exceptions.NotFound:
         raise AbsentError from None
     except exceptions.PreconditionFailed:
@@ -87,16 +107,16 @@ def told(path: object) -> Iterator[None]:
             " objects in this bucket"
         ) from None
     except exceptions.GoogleAPICallError as error:
-        raise InputError(f"{path}: the server answered HTTP {error.code}") from None
+        raise UnreachableError(f"{path}: the server answered HTTP {error.code}") from None
     except DataCorruption:
-        raise InputError(f"{path}: arrives with another checksum than it has there") from None
+        raise UnreachableError(f"{path}: arrives with another checksum than it has there") from None
     except GoogleAuthError as error:
         raise InputError(
             f"{path}: the Google credentials cannot be used ({type(error).__name__});"
             " try: gcloud auth application-default login"
         ) from None
     except (exceptions.RetryError, requests.RequestException, ConnectionError, TimeoutError):
-        raise InputError(
+        raise UnreachableError(
             f"{path}: no answer from {os.environ.get(EMULATOR) or 'Cloud Storage'} within"
             f" {RETRY_SECONDS:g} seconds"
         ) from None

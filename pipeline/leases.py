@@ -3,8 +3,12 @@
 Every change of it is an upload on the condition that the object is of the generation last seen
 (the one condition that every server keeps), so of several processes one wins. An owner that has
 not renewed it for `LAPSE_SECONDS` is taken for dead, and not before; when that is, the clock of
-the server tells. `Lease.check` and `Lease.renew`, one of which comes before every change of what
-is published, tell an owner that its lock is lost, or was not renewed in time.
+the server tells. `Lease.check`, `Lease.hold` and `Lease.renew` tell an owner that its lock is lost,
+or was not renewed in time. One of them comes before every change of what is published; the chain
+asks before each of its steps, whose removals state the generation that was found.
+
+``DIGITS_LEASE_SECONDS`` of the environment names another time than `LAPSE_SECONDS`; the chain's
+stages see the same.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import secrets
 import socket
@@ -20,12 +25,16 @@ import threading
 import time
 from collections.abc import Iterator
 
-from pipeline.command import InputError, LockedError
+from pipeline import gcs_client
+from pipeline.command import InputError, LockedError, UnreachableError
 from pipeline.gcs import ChangedError, GcsPath
 
 LOCK_NAME = ".lock"
+PROBE_NAME = ".lock-probe"
 HEARTBEAT_SECONDS = 10.0
 LAPSE_SECONDS = 60.0
+VARIABLE = "DIGITS_LEASE_SECONDS"
+BEATS = 6  # in the time that the variable names, as in the usual one
 ATTEMPTS = 3
 
 
@@ -70,6 +79,30 @@ def seconds_left(owner: Owner, renewed: datetime.datetime, now: datetime.datetim
     return owner.lapse_seconds - (now - renewed).total_seconds()
 
 
+def times() -> tuple[float, float]:
+    """Seconds from one renewal to the next, and until a lock lapses that is not renewed.
+
+    Raises:
+        InputError: the environment says something else than a number of at least 1.
+    """
+    if not (text := os.environ.get(VARIABLE)):
+        return HEARTBEAT_SECONDS, LAPSE_SECONDS
+    try:
+        lapse = float(text)
+    except ValueError:
+        lapse = 0.0
+    if not 1 <= lapse < float("inf"):
+        raise InputError(f"{VARIABLE} {text}: expected a number of seconds of at least 1")
+    return lapse / BEATS, lapse
+
+
+def _now() -> float:
+    """Seconds by a clock of this machine that goes on while it sleeps, where it has one."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
 class Lease:
     """A lock that this process holds."""
 
@@ -77,8 +110,11 @@ class Lease:
         self.path = path
         self.owner = owner
         self._generation = generation
-        self._renewed = renewed  # by the monotonic clock of this process
+        self._renewed = renewed  # see `_now`
+        self._unanswered = False  # whether the next beat was tried, and may have been written
+        self._heartbeat, _ = times()
         self._lost = False
+        self._silent = False  # the server, when it was last told
         self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -95,11 +131,21 @@ class Lease:
         Raises:
             LockedError: it is lost, or has not been renewed in time.
         """
-        if self._lost or time.monotonic() - self._renewed >= self.owner.lapse_seconds:
+        if self._lost or self._age() >= self.owner.lapse_seconds:
             raise LockedError(
                 f"{self.path.parent}: the lock of this process has lapsed, and another one may be"
                 " at work here"
             )
+
+    def hold(self) -> None:
+        """Makes sure that the lock is ours, and for a while: renews it if half its time is over.
+
+        Raises:
+            LockedError: it is lost.
+            InputError: the server does not answer.
+        """
+        if self._lost or self._age() >= self.owner.lapse_seconds / 2:
+            self.renew()
 
     def renew(self) -> None:
         """Makes sure, by renewing it, that the lock is ours, be it late: nobody has taken it.
@@ -108,64 +154,94 @@ class Lease:
             LockedError: it is lost.
             InputError: the server does not answer.
         """
+        # Each attempt is a short one: of a request that hangs, the next may get through in time.
+        for _ in range(math.ceil(gcs_client.RETRY_SECONDS / self._heartbeat) - 1):
+            with contextlib.suppress(UnreachableError):
+                self._renew()
+                return
+        self._renew()
+
+    def _renew(self) -> None:
+        """Tries to once, which takes no more than a few heartbeats."""
         with self._renewing:
             if self._lost:
                 self.check()
-            began = time.monotonic()
-            owner = dataclasses.replace(self.owner, beat=self.owner.beat + 1)
-            try:
-                stat = self.path.put(owner_json(owner), self._generation)
-            except ChangedError:
-                self._lost = True
-                self.check()
-                raise
-            self.owner, self._generation, self._renewed = owner, stat.generation, began
+            if self._unanswered:  # it may have been there for long: that is no renewal
+                self._beat(self._renewed)
+            self._beat(_now())
+            self._silent = False
 
     def end(self) -> None:
-        """Gives the lock back, if it is still ours."""
+        """Gives the lock back, if it is still ours; to a silent server, nobody can."""
         self._ended.set()
+        if self._silent:
+            return
         with contextlib.suppress(InputError):
             self.renew()
             self._lost = True
             self.path.unlink(missing_ok=True, generation=self._generation)
 
+    def _beat(self, renewed: float) -> None:
+        """Writes the next beat; the lock counts as renewed when told."""
+        owner = dataclasses.replace(self.owner, beat=self.owner.beat + 1)
+        self._unanswered = True
+        try:
+            stat = self.path.put(owner_json(owner), self._generation, seconds=self._heartbeat)
+        except ChangedError:
+            self._lost = True
+            self.check()
+            raise
+        self._unanswered = False
+        self.owner, self._generation, self._renewed = owner, stat.generation, renewed
+
+    def _age(self) -> float:
+        return _now() - self._renewed
+
     def _keep(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        while not self._ended.wait(self._heartbeat):
             try:
-                self.renew()
+                self._renew()
             except LockedError:
                 return
-            except InputError:  # the server is silent: `check` tells when that is for too long
-                continue
+            except InputError:  # `check` tells when that is for too long
+                self._silent = True
 
 
 @contextlib.contextmanager
-def held(directory: GcsPath) -> Iterator[Lease]:
+def held(directory: GcsPath, *, outlasts: bool = False) -> Iterator[Lease]:
     """Holds the lock of a folder.
+
+    Args:
+        directory: the folder.
+        outlasts: whether it lapses only after the locks of processes that this one has started,
+            should all of them be killed at once: whoever takes this one over finds those lapsed.
 
     Raises:
         LockedError: another process holds it; says which, and when it lapses.
         InputError: the server refuses or does not answer.
     """
-    lease = acquire(directory)
+    lease = acquire(directory, outlasts=outlasts)
     try:
+        lease.hold()  # the answer may have taken long to come
         yield lease
     finally:
         lease.end()
 
 
-def acquire(directory: GcsPath) -> Lease:
+def acquire(directory: GcsPath, *, outlasts: bool = False) -> Lease:
     """Takes the lock of a folder; see `held`."""
     path = directory / LOCK_NAME
+    heartbeat, lapse = times()
     owner = Owner(
         host=socket.gethostname(),
         pid=os.getpid(),
         token=secrets.token_hex(8),
         beat=0,
-        lapse_seconds=LAPSE_SECONDS,
+        # This one may have been renewed a heartbeat before those; one more for what takes time.
+        lapse_seconds=lapse + (2 * heartbeat if outlasts else 0),
     )
     for _ in range(ATTEMPTS):
-        began = time.monotonic()
+        began = _now()
         try:
             stat = path.put(owner_json(owner), _generation_to_replace(path, owner.token))
             return Lease(path, owner, stat.generation, began)
@@ -189,8 +265,13 @@ def _generation_to_replace(path: GcsPath, token: str) -> int:
 
 
 def _server_time(path: GcsPath, token: str) -> datetime.datetime:
-    """The time by the server's clock: that of an object which is written beside a lock."""
-    probe = path.parent / f"{path.name}-{token}"
-    updated = probe.put(b"", 0).updated
-    probe.unlink(missing_ok=True)
-    return updated
+    """The time by the server's clock: that of an object which is written beside a lock.
+
+    One name, so that what a killed process leaves is written over; and of each one's own content,
+    so that nobody takes an older object for his.
+    """
+    probe = path.parent / PROBE_NAME
+    stat = probe.write_bytes(token.encode())
+    with contextlib.suppress(ChangedError):  # another one looks as well, and removes it
+        probe.unlink(missing_ok=True, generation=stat.generation)
+    return stat.updated

@@ -71,6 +71,15 @@ def digest_bits(digests: np.ndarray, first: int, count: int) -> np.ndarray:
     return chosen.view(">u8")[:, 0].astype(np.uint64)
 
 
+def weights_sha256(weights: Sequence[np.ndarray]) -> str:
+    """Names a model's weights, layer by layer: hashes shape, then float32 little-endian bytes."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(repr(weight.shape).encode())
+        digest.update(weight.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
 # Records: the protocol-buffer encoding of tf.train.Example
 # https://protobuf.dev/programming-guides/encoding/
 
@@ -256,6 +265,15 @@ def read_shard(directory: Place, shard: Shard) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return check_shard(data, path, shard)
+
+
+def check_shard(data: bytes, path: Place, shard: Shard) -> bytes:
+    """Holds the content of a shard file against the manifest, and gives it uncompressed.
+
+    Raises:
+        InputError: its size or checksum differs.
+    """
     if len(data) != shard.bytes:
         raise InputError(f"{path}: has {len(data)} bytes, the manifest says {shard.bytes}")
     if path.suffix == ".gz":

@@ -13,10 +13,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import IO, TYPE_CHECKING, Any, TypeVar, Union, cast, overload
 
 from pipeline import command, gcs
 from pipeline.command import InputError, LockedError
@@ -30,6 +30,7 @@ REMOVED = ".removed"
 SPOOL_BYTES = 32 << 20  # of an object that is being written: in memory, beyond that on the disk
 
 Place = Path | GcsPath
+Lock = Union[int, "Lease"]  # as `locked` yields it
 PlaceT = TypeVar("PlaceT", bound=Place)
 
 
@@ -146,7 +147,7 @@ def require_writable(directory: Place) -> None:
         InputError: they cannot.
     """
     if isinstance(directory, GcsPath):
-        probe = directory / f".{secrets.token_hex(8)}"
+        probe = directory / ".probe"  # one name: the next process removes what a killed one left
         probe.put(b"", 0)
         probe.unlink(missing_ok=True)
         return
@@ -163,7 +164,12 @@ def require_writable(directory: Place) -> None:
 
 
 def published_whole(
-    final: PlaceT, *, replace: bool = False, last: str = ""
+    final: PlaceT,
+    *,
+    replace: bool = False,
+    last: str = "",
+    resume: bool = False,
+    cleared: Sequence[str] = (),
 ) -> AbstractContextManager[PlaceT]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
 
@@ -177,6 +183,9 @@ def published_whole(
             the next attempt removes what is left of both.
         last: the file without which the folder is nothing to its readers; in a bucket it comes
             last and goes first.
+        resume: whether a folder in a bucket may be one that an earlier process left to a job,
+            with all that is in it; see `gcs_publish.keep`.
+        cleared: files and folders in the one that is replaced which go before the block begins.
 
     Raises:
         InputError: `final` cannot be created or replaced.
@@ -186,13 +195,15 @@ def published_whole(
     if isinstance(final, GcsPath):
         from pipeline import gcs_publish
 
-        published: Any = gcs_publish.published_whole(final, replace=replace, last=last)
+        published: Any = gcs_publish.published_whole(
+            final, replace=replace, last=last, resume=resume, cleared=cleared
+        )
         return published
-    return cast(Any, _published_whole(final, replace))
+    return cast(Any, _published_whole(final, replace, cleared))
 
 
 @contextlib.contextmanager
-def _published_whole(final: Path, replace: bool) -> Iterator[Path]:
+def _published_whole(final: Path, replace: bool, cleared: Sequence[str]) -> Iterator[Path]:
     if not replace:
         require_absent(final)
     place, staging, aside = _places(final)
@@ -208,6 +219,8 @@ def _published_whole(final: Path, replace: bool) -> Iterator[Path]:
             if not replace:
                 require_absent(final)  # again: it may have been published as we took the lock
             _clear(staging)
+            for name in cleared:
+                remove(final / name)
             # Of a name of its own, which a worker of a killed run that goes on writing lacks.
             fresh = staging / secrets.token_hex(8)
             fresh.mkdir()
@@ -248,11 +261,23 @@ def recover(final: Place) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def recover_all(parent: Path) -> None:
+def is_unsettled(final: Place) -> bool:
+    """Whether a process is at work in `published_whole`, or was killed there, of this folder."""
+    if isinstance(final, GcsPath):
+        from pipeline import gcs_publish
+
+        return gcs_publish.is_unsettled(final)
+    _, staging, aside = _places(final)
+    return staging.exists() or aside.exists()
+
+
+def recover_all(parent: Place) -> None:
     """Does for every folder in another what `recover` does for one."""
+    found = [path.name for path in parent.glob(".*")]
     for ending in (".incomplete", ".replaced"):
-        for leftover in list(parent.glob(f".*{ending}")):
-            recover(parent / leftover.name.removeprefix(".").removesuffix(ending))
+        for name in found:
+            if name.endswith(ending):
+                recover(parent / name.removeprefix(".").removesuffix(ending))
 
 
 def _places(final: Path) -> tuple[Path, Path, Path]:
@@ -296,18 +321,26 @@ def remove(path: Place) -> None:
         path.unlink(missing_ok=True)
 
 
-def discard(folder: Place, first: str) -> None:
-    """Removes a published folder in such a way that no reader takes a rest of it for a whole.
+def discard(folder: Place, first: str = "", *, last: str = "", lock: Lock | None = None) -> None:
+    """Removes a folder in such a way that no reader takes a rest of it for a whole.
+
+    It is moved aside, and `discard_leftovers` removes what a process left there that was killed.
+    In a bucket, where nothing can be moved, the order of its files counts.
 
     Args:
         folder: the folder.
-        first: the file without which it is nothing to its readers. In a bucket that goes first;
-            elsewhere the whole folder is moved aside, and `discard_leftovers` removes what a
-            process left there that was killed.
+        first: the file without which it is nothing to its readers.
+        last: the file that tells whoever comes next to remove the rest.
+        lock: one in a bucket is looked at before every removal there.
+
+    Raises:
+        LockedError: that lock is lost.
     """
+    hold(lock)
     if isinstance(folder, GcsPath):
-        (folder / first).unlink(missing_ok=True)
-        remove(folder)
+        from pipeline import gcs_publish
+
+        gcs_publish.discard(folder, first, last, None if isinstance(lock, int) else lock)
         return
     aside = folder.parent / f".{folder.name}{REMOVED}"
     remove(aside)
@@ -316,9 +349,20 @@ def discard(folder: Place, first: str) -> None:
 
 
 def discard_leftovers(parent: Place) -> None:
-    """Ends what `discard` began in a folder."""
+    """Ends what `discard` began in a folder; in a bucket it leaves nothing beside others."""
+    if isinstance(parent, GcsPath):
+        return
     for leftover in parent.glob(f".*{REMOVED}"):
         remove(leftover)
+
+
+def tidy(*folders: Place) -> None:
+    """Removes the files that `open_atomic` was writing when the process was killed."""
+    for folder in folders:
+        if isinstance(folder, Path):  # an object that was not written whole is not there
+            for leftover in folder.glob(".*.*"):  # a lock has no second dot
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
 
 
 def require_absent(final: Place) -> None:
@@ -328,14 +372,21 @@ def require_absent(final: Place) -> None:
 
 
 @overload
-def locked(directory: Path) -> AbstractContextManager[int]: ...
+def locked(directory: Path, *, outlasts: bool = False) -> AbstractContextManager[int]: ...
 @overload
-def locked(directory: GcsPath) -> AbstractContextManager[Lease]: ...
-def locked(directory: Place) -> AbstractContextManager[int] | AbstractContextManager[Lease]:
+def locked(directory: GcsPath, *, outlasts: bool = False) -> AbstractContextManager[Lease]: ...
+def locked(
+    directory: Place, *, outlasts: bool = False
+) -> AbstractContextManager[int] | AbstractContextManager[Lease]:
     """Holds the lock of a folder, and yields its file descriptor, or a lease in a bucket.
 
     The kernel drops the lock when the last process that holds the descriptor ends, however it
     ends; a child that inherits the descriptor (``pass_fds``) therefore keeps it.
+
+    Args:
+        directory: the folder.
+        outlasts: whether processes that hold locks of their own are started under it; see
+            `leases.held`.
 
     Raises:
         LockedError: another process holds it.
@@ -344,15 +395,33 @@ def locked(directory: Place) -> AbstractContextManager[int] | AbstractContextMan
     if isinstance(directory, GcsPath):
         from pipeline import leases
 
-        return leases.held(directory)
+        return leases.held(directory, outlasts=outlasts)
     return _locked(directory)
+
+
+def hold(lock: Lock | None) -> None:
+    """Makes sure that a lock is still held, and for a while; comes before every change.
+
+    A local one is held to its end.
+
+    Raises:
+        LockedError: another process has taken over, which is possible in a bucket alone.
+    """
+    if lock is not None and not isinstance(lock, int):
+        lock.hold()
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[int]:
     path = directory / LOCK_NAME
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(directory) and not directory.is_dir():
+                raise
+            # It was there, and another has removed it before it could be looked at.
+            raise LockedError(f"{directory}: another process is at work here") from None
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another has removed the folder that we just found or made

@@ -12,9 +12,22 @@ import threading
 import google_crc32c
 from google.api_core import exceptions
 
+from pipeline.gcs import GcsPath
+
+PIECE = 8192  # a download arrives in such pieces
+
 
 class KilledError(BaseException):
     """The process has ended here; nothing it does from then on happens."""
+
+
+def put_tree(bucket, folder, prefix):
+    """Puts every file under a local folder in a bucket; returns its gs:// folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            bucket.store(bucket.blob(name), path.read_bytes())
+    return GcsPath("bucket", prefix)
 
 
 class Bucket:
@@ -24,13 +37,14 @@ class Bucket:
         objects: {name: Blob}.
         clock: what the server's clock shows.
         changes: how many changes were asked for.
+        looks: how many times it was asked for what it holds.
         before: called with the number of a change before it is made.
     """
 
     def __init__(self):
         self.objects = {}
         self.clock = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-        self.changes = 0
+        self.changes = self.looks = 0
         self.before = lambda number: None
         self._generation = 0
         self.lock = threading.RLock()
@@ -42,9 +56,11 @@ class Bucket:
         return Blob(self, name)
 
     def get_blob(self, name, **_):
+        self.looks += 1
         return self.objects.get(name)
 
     def list_blobs(self, prefix, delimiter=None, max_results=None, **_):
+        self.looks += 1
         with self.lock:
             found = [self.objects[n] for n in sorted(self.objects) if n.startswith(prefix)]
         rest = [blob.name[len(prefix) :] for blob in found]
@@ -111,7 +127,21 @@ class Blob:
             self.bucket.require(self.name, if_generation_match)
             del self.bucket.objects[self.name]
 
-    def download_as_bytes(self, **_):
+    def download_as_bytes(self, *, start=0, end=None, if_generation_match=None, **_):
+        with self.bucket.lock:
+            content = self._found().content
+            self.bucket.require(self.name, if_generation_match)
+        if start and start >= len(content):
+            raise exceptions.RequestRangeNotSatisfiable(self.name)
+        return content[start : None if end is None else end + 1]
+
+    def download_to_file(self, file, **_):
+        content = self._found().content
+        for first in range(0, len(content), PIECE):
+            file.write(content[first : first + PIECE])
+
+    def _found(self):
+        self.bucket.looks += 1
         if self.name not in self.bucket.objects:
             raise exceptions.NotFound(self.name)
-        return self.bucket.objects[self.name].content
+        return self.bucket.objects[self.name]

@@ -2,13 +2,17 @@
 
 import pickle
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import helpers
 import pytest
+import requests
+from google.cloud.storage.exceptions import InvalidResponse
 
-from pipeline import gcs, storage
-from pipeline.command import InputError
+from pipeline import gcs, gcs_client, storage
+from pipeline.command import InputError, UnreachableError
 from pipeline.gcs import GcsPath
+from pipeline.gcs_client import AbsentError, UnmetError
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_server_is_gone():
         STORAGE_EMULATOR_HOST="http://127.0.0.1:1",
     )
     assert (code, said) == (
-        2,
+        1,
         "python -m pipeline.dataset: error: gs://bucket/x: no answer from http://127.0.0.1:1"
         " within 0.5 seconds\n",
     )
@@ -149,3 +153,27 @@ print(sorted(name for name in sys.modules if name.startswith("google.cloud.")))
 """
     done = helpers.run_python("-c", script, small_dataset)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(404, AbsentError), (412, UnmetError), (403, InputError), (500, UnreachableError)],
+)
+def test_an_answer_that_is_cut_where_it_explains_itself_is_an_answer(status, expected):
+    response = SimpleNamespace(status_code=status)
+    with pytest.raises(expected) as told, gcs_client.told("gs://b/x"):
+        try:
+            raise InvalidResponse(response, "a secret")
+        except InvalidResponse:
+            try:
+                raise ConnectionError("cut")
+            except ConnectionError:
+                raise requests.exceptions.ChunkedEncodingError("a secret") from None
+    assert type(told.value) is expected
+    assert "secret" not in str(told.value)
+
+
+def test_no_answer_at_all():
+    said = "gs://b/x: no answer from Cloud Storage within 60 seconds"
+    with pytest.raises(UnreachableError, match=said), gcs_client.told("gs://b/x"):
+        raise requests.exceptions.ChunkedEncodingError("cut")

@@ -14,7 +14,7 @@ import pytest
 from memory_bucket import KilledError
 
 from pipeline import gcs, gcs_publish, leases, storage
-from pipeline.command import InputError, LockedError
+from pipeline.command import InputError, LockedError, UnreachableError
 from pipeline.gcs import ChangedError, GcsPath
 from pipeline.leases import Owner
 
@@ -247,6 +247,120 @@ def test_not_renewed_in_time_is_not_trusted(bucket, monkeypatch):
     assert standing(bucket) == {}
 
 
+@pytest.fixture
+def pass_time(bucket, monkeypatch):
+    """Lets time pass, by the clock of the server and by that of a lock's owner."""
+    now = [0.0]
+    monkeypatch.setattr(leases, "_now", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+        bucket.clock += datetime.timedelta(seconds=seconds)
+
+    return wait
+
+
+def test_a_renewal_that_was_written_long_ago_is_none(bucket, monkeypatch, pass_time):
+    lease = leases.acquire(FINAL)
+    pass_time(10)
+    with monkeypatch.context() as patch:
+        upload = memory_bucket.Blob.upload_from_file
+
+        def written_without_an_answer(*given, **options):
+            upload(*given, **options)
+            raise ConnectionError
+
+        patch.setattr(memory_bucket.Blob, "upload_from_file", written_without_an_answer)
+        with pytest.raises(UnreachableError):
+            lease._renew()  # as a heartbeat does
+    pass_time(59)
+    lease.renew()  # finds that beat, 59 seconds old, and writes the next
+    assert lease.owner.beat == 2
+    assert lease.path.stat().updated == bucket.clock
+    pass_time(leases.LAPSE_SECONDS - 1)
+    lease.check()
+    with pytest.raises(LockedError, match="lapses in 1 seconds"):
+        leases.acquire(FINAL)
+    lease.end()
+
+
+def test_one_request_that_hangs_does_not_let_a_lock_lapse(bucket, monkeypatch, pass_time):
+    lease = leases.acquire(FINAL)
+    upload, waited = memory_bucket.Blob.upload_from_file, []
+
+    def hang(*_, retry, timeout, **__):
+        monkeypatch.setattr(memory_bucket.Blob, "upload_from_file", upload)
+        waited.append(retry.timeout + timeout)  # the last attempt begins before the retry's end
+        pass_time(waited[0])
+        raise TimeoutError
+
+    monkeypatch.setattr(memory_bucket.Blob, "upload_from_file", hang)
+    pass_time(leases.HEARTBEAT_SECONDS)
+    with pytest.raises(UnreachableError):
+        lease._renew()  # as a heartbeat does
+    assert waited == [2 * leases.HEARTBEAT_SECONDS]
+    pass_time(leases.HEARTBEAT_SECONDS)
+    lease.check()
+    with pytest.raises(LockedError, match="lapses in 20 seconds"):
+        leases.acquire(FINAL)
+    lease._renew()
+    monkeypatch.setattr(memory_bucket.Blob, "upload_from_file", hang)
+    lease.renew()  # which tries again by itself
+    assert len(waited) == 2
+    lease.check()
+    assert lease.path.stat().updated == bucket.clock
+    lease.end()
+
+
+def test_a_lock_whose_answer_took_long_is_renewed_first(bucket, monkeypatch, pass_time):
+    def slow(number):
+        bucket.before = lambda number: None
+        pass_time(leases.LAPSE_SECONDS)
+
+    bucket.before = slow
+    with storage.locked(FINAL) as lease:
+        lease.check()
+        assert lease.owner.beat == 1
+
+
+def test_what_is_left_of_a_look_at_the_time_is_written_over(bucket, pass_time):
+    first = leases.acquire(FINAL)
+
+    def kill(number):
+        if len(standing(bucket)) == 2:  # the lock, and what tells the server's time
+            raise KilledError
+
+    bucket.before = kill
+    with pytest.raises(KilledError):
+        leases.acquire(FINAL)
+    bucket.before = lambda number: None
+    assert len(standing(bucket)) == 2
+    pass_time(leases.LAPSE_SECONDS)
+    leases.acquire(FINAL).end()
+    assert standing(bucket) == {}
+    first.end()
+
+
+def test_two_that_look_at_the_time_at_once(bucket):
+    def look():
+        with pytest.raises(LockedError, match="lapses in 60 seconds"):
+            leases.acquire(FINAL)
+
+    for step in (0, 1):  # before the first writes, and before it removes
+        lease = leases.acquire(FINAL)
+        bucket.changes = 0
+
+        def other(number, step=step):
+            if number == step:
+                look()
+
+        bucket.before = other
+        look()
+        bucket.before = lambda number: None
+        assert set(standing(bucket)) == {"data/set/.lock"}
+        lease.end()
+
+
 def test_of_two_at_once_one_wins(bucket):
     bucket.before = lambda number: bucket.changes == 1 and leases.acquire(FINAL)
     with pytest.raises(LockedError, match="is at work here"):
@@ -268,6 +382,33 @@ def test_replaced_whole(bucket):
     put(bucket, OLD)
     publish(replace=True)
     assert standing(bucket) == NEW
+
+
+def test_what_is_to_go_goes_first_and_under_the_lock(bucket, pass_time):
+    old = OLD | {"data/set/sub/c": b"old c", "data/set/subs": b"old"}
+    put(bucket, old)
+    cleared = functools.partial(
+        storage.published_whole, FINAL, replace=True, last=LAST, cleared=("b", "manifest", "sub")
+    )
+    taken = []
+
+    def take_over(number):
+        if number == 1:  # the first, the lock, is taken
+            pass_time(leases.LAPSE_SECONDS)
+            taken.append(leases.acquire(FINAL.parent / ".set.incomplete"))
+
+    bucket.changes, bucket.before = 0, take_over
+    with pytest.raises(LockedError, match="has lapsed"), cleared():
+        pytest.fail("entered")
+    bucket.before = lambda number: None
+    del old["data/set/manifest"]  # which was on its way
+    assert standing(bucket).keys() == {*old, LOCK}
+    taken.pop().end()
+    with pytest.raises(ValueError, match="no good"), cleared():
+        del old["data/set/b"], old["data/set/sub/c"]
+        assert standing(bucket).keys() == {*old, LOCK}
+        raise ValueError("no good")
+    assert standing(bucket) == old
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -410,3 +551,75 @@ def test_taken_for_dead_before_every_change(bucket, before, replace):
             del bucket.objects[name]
         put(bucket, before)
     assert lost > count / 2
+
+
+# What a job goes on with
+
+
+class Left(BaseException):
+    """The process leaves its work to a job."""
+
+
+def leave(name="data/set/a"):
+    """Leaves a folder half written to a job; returns that folder."""
+    with pytest.raises(Left), storage.published_whole(FINAL, last=LAST, resume=True) as staging:
+        storage.write_atomic(staging / name.removeprefix("data/set/"), NEW[name])
+        gcs_publish.keep(staging, {"job": "j"})
+        raise Left
+    return staging
+
+
+def test_what_is_kept_is_taken_up_again(bucket):
+    left = leave()
+    content = {f"data/.set.incomplete/{left.name}/a": b"new a"}
+    assert standing(bucket).items() > content.items()
+    assert set(standing(bucket)) == {*content, "data/.set.incomplete/.kept"}
+    storage.recover(FINAL)  # which others may do at any time
+    assert standing(bucket).items() > content.items()
+    with storage.published_whole(FINAL, last=LAST, resume=True) as staging:
+        assert (staging, gcs_publish.kept(staging)) == (left, {"job": "j"})
+        for name in NEW.keys() - {"data/set/a"}:
+            storage.write_atomic(staging / name.removeprefix("data/set/"), NEW[name])
+    assert standing(bucket) == NEW
+
+
+def test_what_is_kept_outlives_a_failure_until_it_is_let_go(bucket):
+    left = leave()
+    for is_let_go in (False, True):
+        with (
+            pytest.raises(InputError, match="no room"),
+            storage.published_whole(FINAL, last=LAST, resume=True) as staging,
+        ):
+            assert staging == left
+            if is_let_go:
+                gcs_publish.let_go(staging)
+            raise InputError("no room")
+        assert bool(standing(bucket)) is not is_let_go
+
+
+def test_who_takes_up_nothing_sweeps_what_is_kept(bucket):
+    left = leave()
+    with storage.published_whole(FINAL, last=LAST) as staging:
+        assert staging != left
+        assert gcs_publish.kept(staging) is None
+        assert set(standing(bucket)) == {LOCK}
+        for name, content in NEW.items():
+            storage.write_atomic(staging / name.removeprefix("data/set/"), content)
+    assert standing(bucket) == NEW
+
+
+def test_nothing_is_kept_of_another_folder(bucket):
+    with storage.published_whole(FINAL, last=LAST, resume=True) as staging:
+        gcs_publish.keep(staging.parent / "other", {"job": "j"})
+        assert gcs_publish.kept(staging) is None
+        storage.write_atomic(staging / LAST, b"m")
+    assert standing(bucket) == {"data/set/manifest": b"m"}
+
+
+def test_a_note_that_is_none(bucket):
+    put(bucket, {"data/.set.incomplete/.kept": b"[]"})
+    with (
+        pytest.raises(InputError, match=r"\.set\.incomplete/\.kept: not a note; remove it by hand"),
+        storage.published_whole(FINAL, last=LAST, resume=True),
+    ):
+        pytest.fail("was taken up")

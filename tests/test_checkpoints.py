@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.command import InputError
+from pipeline.command import UNREACHABLE, InputError, UnreachableError
 from trainer import checkpoints
 from trainer.checkpoints import Checkpoints, DamagedError, Progress
 from trainer.config import PRESETS
@@ -90,8 +90,6 @@ def test_every_cut_and_every_flipped_bit_shows(tmp_path):
     path.write_bytes(whole + b"x")
     with pytest.raises(DamagedError):
         checkpoints.read(path)
-    with pytest.raises(DamagedError, match="No such file"):
-        checkpoints.read(tmp_path / "absent")
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path):
@@ -167,6 +165,38 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(tmp_path, caplog, damaged,
         assert "\n" not in message
     left = [int(path.stem[5:]) for path in tmp_path.iterdir()]
     assert sorted(left) == [step for step in (10, 20) if step not in damaged or step < stands]
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("/proc/self/mem", "Input/output error"),  # opens, but its first bytes cannot be read
+        ("step-00000030.ckpt", "Too many levels of symbolic links"),  # does not open
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, target, why):
+    saved(tmp_path, 10, 20)
+    path = tmp_path / "step-00000030.ckpt"
+    path.symlink_to(target)
+    with pytest.raises(UnreachableError) as raised:
+        opened(tmp_path).restore()
+    assert str(raised.value) == f"{path}: cannot be read: {why}"
+    assert raised.value.exit_code == UNREACHABLE
+    assert sorted(int(p.stem[5:]) for p in tmp_path.iterdir()) == [10, 20, 30]
+    path.unlink()
+    assert opened(tmp_path).restore().epoch == 2
+
+
+def test_a_checkpoint_that_goes_meanwhile_is_passed_over(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, 10, 20)
+    files = Checkpoints._files
+
+    def and_one_that_is_gone(self):
+        return [tmp_path / "step-00000030.ckpt", *files(self)]
+
+    monkeypatch.setattr(Checkpoints, "_files", and_one_that_is_gone)
+    assert opened(tmp_path, writes=False).restore().epoch == 2
+    assert "damaged (it is gone); going on from step-00000020.ckpt" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

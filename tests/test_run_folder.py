@@ -6,6 +6,7 @@ import helpers
 import pytest
 
 from pipeline.command import InputError
+from pipeline.gcs import GcsPath
 from trainer import run_folder
 from trainer.config import PRESETS
 
@@ -84,22 +85,37 @@ def test_vertex_names_folders_in_mounted_buckets(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gs://else/x", "gs://else/x: expected a local folder, or a bucket mounted as {}/else"),
         ("gs://bucket/../x", r"gs://bucket/../x: has an empty part, or \. or \.\. as one"),
         ("gs://", "gs://: expected gs://bucket/path"),
         ("s3://bucket/x", "s3://bucket/x: expected a local folder or gs://bucket/path"),
     ],
 )
-def test_what_is_not_mounted_is_refused_by_its_variable(tmp_path, variable, text, message):
+def test_what_is_no_folder_is_refused_by_its_variable(tmp_path, variable, text, message):
     (tmp_path / "bucket").mkdir()
-    with pytest.raises(InputError, match=f"^{variable}: {message.format(tmp_path)}"):
+    with pytest.raises(InputError, match=f"^{variable}: {message}"):
         run_folder.places(tmp_path, {}, {variable: text}, mounts=tmp_path)
 
 
-def test_a_flag_takes_local_folders_alone(tmp_path):
-    (tmp_path / "b").mkdir()
-    with pytest.raises(InputError, match=r"^--model_dir: gs://b/x: expected a local folder;"):
-        run_folder.places(tmp_path, {"model_dir": "gs://b/x"}, {}, mounts=tmp_path)
+def test_buckets_that_are_not_mounted_are_folders_themselves(tmp_path):
+    (tmp_path / "mounted").mkdir()
+    environ = {"AIP_MODEL_DIR": "gs://else/model/", "AIP_CHECKPOINT_DIR": "gs://mounted/c"}
+    given = {"tensorboard_dir": "gs://mounted/t"}  # a flag means what it says
+    found = run_folder.places(GcsPath("bucket", "run"), given, environ, mounts=tmp_path)
+    assert found == run_folder.Places(
+        run=GcsPath("bucket", "run"),
+        model=GcsPath("else", "model"),
+        checkpoints=tmp_path / "mounted" / "c",
+        tensorboard=GcsPath("mounted", "t"),
+    )
+    inside = places(GcsPath("bucket", "run"))
+    assert str(inside.model) == "gs://bucket/run/export"
+    assert str(inside.metrics) == "gs://bucket/run/metrics.jsonl"
+
+
+def test_a_bucket_itself_is_no_place_for_a_model(tmp_path):
+    found = run_folder.places(tmp_path, {"model_dir": "gs://bucket"}, {})
+    with pytest.raises(InputError, match=r"^gs://bucket: is not replaced as a whole; expected"):
+        run_folder.require_writable(found)
 
 
 @pytest.mark.parametrize("name", ["run", "model", "checkpoints", "tensorboard"])

@@ -229,11 +229,15 @@ def weights_of(run_dir):
 
 def test_again_is_already_trained_and_changes_nothing(finished, small_dataset):
     before = helpers.tree(finished)
+    left = finished / ".export.incomplete"  # killed between the model's renaming and the end
+    left.mkdir()
+    (left / ".lock").touch()
     done = helpers.run_python(
         "-c", WITHOUT_TENSORFLOW, *flags(small_dataset, finished), env=ENVIRONMENT
     )
     assert (done.returncode, done.stderr) == (0, f"{finished}: already trained and exported\n")
     assert helpers.tree(finished) == before
+    assert not left.exists()
 
 
 def test_other_flags_on_the_same_folder_are_refused(finished, small_dataset):
@@ -254,34 +258,45 @@ def handles_sigterm(process):
     return bool(caught >> signal.SIGTERM - 1 & 1)
 
 
-def stop(process, run_dir, said):
+def stop(process, run_dir):
+    """Stops a run before its export; what it has said."""
     process.terminate()
     text = Path(f"{run_dir}.log")
     assert process.wait(DEADLINE) == 143, text.read_text()
-    assert said in text.read_text()
     assert "Traceback" not in text.read_text()
     assert not (run_dir / "export").exists()
+    return text.read_text()
 
 
-def test_sigterm_at_every_stage_and_the_same_command_ends_the_same(
+@pytest.mark.campaign
+def test_sigterm_before_anything_is_trained(small_dataset, tmp_path):
+    run_dir = tmp_path / "run"
+    log = Path(f"{run_dir}.log")
+
+    process = begin(small_dataset, run_dir)
+    wait_until(lambda: handles_sigterm(process), process, "the handler")
+    # As it is about to load TensorFlow, or as it does, with stderr held back.
+    said = "stopped by SIGTERM; the same command goes on from the last checkpoint\n"
+    assert stop(process, run_dir) in ("", said)
+    assert not run_dir.exists()
+
+    process = begin(small_dataset, run_dir)
+    wait_until(lambda: "500 examples" in log.read_text(), process, "the first call")
+    assert "goes on from the last checkpoint" in stop(process, run_dir)  # as it compiles
+    assert lines_of(run_dir) == []
+
+
+def test_sigterm_while_it_trains_and_exports_and_the_same_command_ends_the_same(
     finished, small_dataset, tmp_path
 ):
     run_dir = tmp_path / "run"
     log = Path(f"{run_dir}.log")
 
     process = begin(small_dataset, run_dir)
-    wait_until(lambda: handles_sigterm(process), process, "the handler")
-    stop(process, run_dir, "")  # as it loads TensorFlow, with stderr held back
-    assert not run_dir.exists()
-
-    process = begin(small_dataset, run_dir)
-    wait_until(lambda: "500 examples" in log.read_text(), process, "the first call")
-    stop(process, run_dir, "goes on from the last checkpoint")  # as it compiles
-    assert lines_of(run_dir) == []
-
-    process = begin(small_dataset, run_dir)
     wait_until(lambda: len(lines_of(run_dir)) >= 2, process, "the second line")
-    stop(process, run_dir, "stopped by SIGTERM after saving; the same command goes on from here")
+    assert "stopped by SIGTERM after saving; the same command goes on from here" in stop(
+        process, run_dir
+    )
     stopped_after = lines_of(run_dir)
     assert 2 <= len(stopped_after) < EPOCHS
     (saved,) = (run_dir / "checkpoints").iterdir()
@@ -290,7 +305,7 @@ def test_sigterm_at_every_stage_and_the_same_command_ends_the_same(
     process = begin(small_dataset, run_dir)
     pattern = ".export.incomplete/*/saved_model.pb"
     wait_until(lambda: any(run_dir.glob(pattern)), process, "the export")
-    stop(process, run_dir, "goes on from the last checkpoint")
+    assert "goes on from the last checkpoint" in stop(process, run_dir)
     assert "epoch 1/20" not in log.read_text()  # it did go on, not begin again
     assert lines_of(run_dir)[: len(stopped_after)] == stopped_after
 

@@ -5,13 +5,16 @@ import json
 import shutil
 
 import helpers
+import memory_bucket
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipeline import gcs
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
-from trainer import run_folder, start, task, trained, warm_start
+from pipeline.gcs import GcsPath
+from trainer import job, run_folder, task, trained, warm_start
 from trainer.checkpoints import Progress
 from trainer.config import PRESETS
 from trainer.export import ServedModel, describe, weights_sha256
@@ -20,6 +23,9 @@ from trainer.model import MLP
 CONFIG = dataclasses.replace(
     PRESETS["core"], hidden_units=(6, 4), replicas=1, input="resident", batch_size=50, epochs=1
 )
+
+
+EARLIER = {"dataset_id": "e" * 32, "splits": ["train", "validation"]}
 
 
 def weights_of(seed):
@@ -34,7 +40,9 @@ def exported(small_dataset, tmp_path_factory):
     weights = weights_of(3)
     model = MLP(784, CONFIG.hidden_units, 10, seed=0)
     tf.saved_model.save(ServedModel(model.apply, weights), str(folder))
-    content = describe(weights, CONFIG, load_manifest(small_dataset), Progress(epoch=1))
+    content = describe(
+        weights, CONFIG, load_manifest(small_dataset), Progress(epoch=1), learned_from=[EARLIER]
+    )
     (folder / "model.json").write_text(json.dumps(content))
     return folder, weights
 
@@ -89,6 +97,31 @@ def test_other_widths_are_refused_before_anything_is_read(exported):
         )  # fmt: skip
 
 
+def test_a_model_in_a_bucket_is_one_in_a_folder(model, exported, monkeypatch):
+    weights = exported[1]
+    bucket = memory_bucket.Bucket()
+    monkeypatch.setattr(gcs, "bucket", lambda name: bucket)
+    for name, content in helpers.tree(model).items():
+        bucket.store(memory_bucket.Blob(bucket, f"models/m/{name}"), content)
+    config = parse("--initial_weights=gs://bucket/models/m/")
+    assert config.initial_weights == GcsPath("bucket", "models/m")
+    assert config.train.initial_weights == weights_sha256(weights)
+    found = warm_start.load(config.initial_weights, weights_sha256(weights))
+    for weight, expected in zip(found, weights, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    del bucket.objects["models/m/variables/variables.index"]
+    with pytest.raises(InputError) as refused:
+        warm_start.load(config.initial_weights, weights_sha256(weights))
+    said = str(refused.value)
+    assert said.startswith("--initial_weights gs://bucket/models/m: its weights cannot be read: ")
+    assert "gs://bucket/models/m/variables/variables" in said
+    assert "/tmp" not in said
+    del bucket.objects["models/m/model.json"]
+    with pytest.raises(InputError, match=r"gs://bucket/models/m: no model\.json of a model there"):
+        parse("--initial_weights=gs://bucket/models/m")
+    assert bucket.changes == 0
+
+
 @pytest.mark.parametrize(
     "content", [None, "", "{", "[]", "{}", '{"weights_sha256": 1, "config": {}, "dataset": {}}']
 )
@@ -127,6 +160,20 @@ def test_other_classes_are_one_line_and_leave_nothing(model, small_dataset, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_what_it_has_learned_from(model, small_dataset):
+    own = {"dataset_id": load_manifest(small_dataset).dataset_id, "splits": ["train"]}
+    assert warm_start.learned_from(model) == [EARLIER, own]
+    manifest = load_manifest(small_dataset)
+    both = dataclasses.replace(CONFIG, train_on="train+validation")
+    known = warm_start.learned_from(model)
+    made = describe(weights_of(3), both, manifest, Progress(epoch=1), learned_from=known)
+    assert made["learned_from"] == [*known, own | {"splits": ["train", "validation"]}]
+    again = describe(weights_of(3), CONFIG, manifest, Progress(epoch=1), learned_from=known)
+    assert again["learned_from"] == known
+    change(model, learned_from=None)
+    assert warm_start.learned_from(model) == [{"dataset_id": None, "splits": []}]
+
+
 def test_preset_xor_has_none():
     with pytest.raises(InputError, match="preset xor reads and writes no files"):
         task.parse(["--preset=xor", "--initial_weights=m"])
@@ -138,7 +185,7 @@ def test_training_begins_with_them_and_so_does_their_moving_average(
 ):
     folder, weights = exported
     config = dataclasses.replace(CONFIG, ema_decay=ema_decay)
-    splits = start.open_splits(config, small_dataset, load_manifest(small_dataset))
+    splits = job.open_splits(config, small_dataset, load_manifest(small_dataset))
     built = trained.build(config, replicas, splits, 10, warm_start.load(
         folder, weights_sha256(weights)
     ))  # fmt: skip
@@ -159,6 +206,8 @@ def test_a_warm_run_is_resumed_and_refuses_another_start(exported, model, small_
     export = tmp_path / "run/export"
     description = json.loads((export / "model.json").read_text())
     assert description["config"]["initial_weights"] == weights_sha256(weights)
+    own = {"dataset_id": load_manifest(small_dataset).dataset_id, "splits": ["train"]}
+    assert description["learned_from"] == [EARLIER, own]
     ended = warm_start.load(export, description["weights_sha256"])
     for found, expected in zip(ended, weights, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import helpers
 import pytest
 
 from pipeline import storage
-from pipeline.command import InputError, LockedError
+from pipeline.command import FailedError, InputError, LockedError, UnreachableError
 from trainer.workers import Said, Workers, difference
 
 FLAGS = (
@@ -54,16 +53,6 @@ task.main()
 """
 
 
-def free_ports(count):
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
 def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
     """Runs one worker for each run folder, all at once: exit codes, and what each said.
 
@@ -74,7 +63,7 @@ def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
         flags: more of them, for each.
     """
     processes, logs = [], []
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(len(run_dirs))]
+    addresses = [f"127.0.0.1:{port}" for port in helpers.free_ports(len(run_dirs))]
     try:
         for index, run_dir in enumerate(run_dirs):
             environ = os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
@@ -238,6 +227,8 @@ SHARE = "; expected the same flags on all workers, and folders that they share"
         ([Said({"a": 1}), Said({"a": 1})], type(None), "None"),
         ([Said({}), Said({}), Said({}, "x: bad", 2)], InputError, "worker 2: x: bad"),
         ([Said({}, "x: held", 75), Said({"a": 1})], LockedError, "worker 0: x: held"),
+        ([Said({}), Said({}, "x: no answer", 69)], UnreachableError, "worker 1: x: no answer"),
+        ([Said({}), Said({}, "x: denied", 1)], FailedError, "worker 1: x: denied"),
         (
             [Said({"b": 1, "a": 1}), Said({"b": 2, "a": 2})],
             InputError,

@@ -20,10 +20,11 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from pipeline import storage
-from pipeline.command import InputError, log
+from pipeline.command import InputError, UnreachableError, log
 
 KEEP = 2  # the newest, and the one before it in case the newest gets damaged
 LENGTH = struct.Struct("<Q")
+PATTERN = "step-*.ckpt"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,11 +86,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 
     Raises:
         DamagedError: the file is not whole.
+        OSError: it cannot be read, which says nothing of what it holds.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(error.strerror) from None
+    data = path.read_bytes()
     content = memoryview(data)[:-32]
     if len(data) < LENGTH.size + 32 or hashlib.sha256(content).digest() != data[-32:]:
         raise DamagedError("its checksum is wrong")
@@ -114,6 +113,8 @@ class Checkpoints:
         run: names the run; see `run_folder.identity`.
         seconds: how much work a kill may cost; see `due`.
         writes: False for a worker that is not the chief: it keeps step, but writes nothing.
+        after: called when one was saved.
+        shown: the folder as messages name it, where that is not `directory`.
         clock: for tests.
     """
 
@@ -125,6 +126,8 @@ class Checkpoints:
         run: str,
         seconds: float,
         writes: bool = True,
+        after: Callable[[], None] = lambda: None,
+        shown: storage.Place | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
@@ -132,6 +135,8 @@ class Checkpoints:
         self._run = run
         self._seconds = seconds
         self._writes = writes
+        self._after = after
+        self._shown = shown or directory
         self._clock = clock
         self._saved_at = clock()
         self._latest: tuple[Progress, list[np.ndarray]] | None = None
@@ -150,6 +155,7 @@ class Checkpoints:
                 write(file, header, [*progress.best_weights, *self._latest[1]])
             for old in self._files()[KEEP:]:
                 old.unlink()
+            self._after()
         self._saved_at = self._clock()
 
     def restore(self) -> Progress:
@@ -157,6 +163,7 @@ class Checkpoints:
 
         Raises:
             InputError: the folder holds checkpoints of another run.
+            UnreachableError: a checkpoint cannot be read; it stays.
         """
         self._latest = Progress(), self._trained.values()
         files = self._files()
@@ -166,7 +173,8 @@ class Checkpoints:
             except DamagedError as error:
                 rest = files[files.index(path) + 1 :]
                 instead = f"from {rest[0].name}, the one before it" if rest else "from the start"
-                log.warning("%s: damaged (%s); going on %s", path, error, instead)
+                shown = self._shown / path.name
+                log.warning("%s: damaged (%s); going on %s", shown, error, instead)
                 if self._writes:
                     path.unlink(missing_ok=True)
                 continue
@@ -193,12 +201,21 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         """Newest first; the names are long enough to sort as text."""
-        return sorted(self._directory.glob("step-*.ckpt"), reverse=True)
+        return sorted(self._directory.glob(PATTERN), reverse=True)
 
     def _read(self, path: Path) -> tuple[Progress, list[np.ndarray]]:
-        header, arrays = read(path)
+        try:
+            header, arrays = read(path)
+        except FileNotFoundError:  # found damaged by the chief, which has removed it meanwhile
+            raise DamagedError("it is gone") from None
+        except OSError as error:
+            shown = self._shown / path.name
+            raise UnreachableError(f"{shown}: cannot be read: {error.strerror}") from None
         if header["run"] != self._run:
-            raise InputError(f"{path}: a checkpoint of another run; expected a folder of its own")
+            raise InputError(
+                f"{self._shown / path.name}: a checkpoint of another run; expected a folder of its"
+                " own"
+            )
         best = len(arrays) - len(self._trained.values())
         progress = Progress(**header["progress"], best_weights=tuple(arrays[:best]))
         progress.lines = tuple(progress.lines)  # JSON knows lists alone

@@ -71,7 +71,8 @@ class TrainConfig:
     replicas: int | None = _about("copies of the model; none: every visible GPU, else one", None)
     reproducible: bool = _about("the same weights from any number of replicas", False)
     input: Literal["auto", "resident", "stream"] = _about(
-        "keep the examples on the device, or stream them; auto: by their size", "auto"
+        "keep the examples on the device, or stream them; auto: keep up to 1/8 of memory",
+        "auto",
     )
     tf32: bool = _about("let GPUs round factors of matrix products to 10 bits", False)
     steps_per_call: int = _about("steps between looks at progress and signals", 100)

@@ -18,7 +18,7 @@ import tensorflow as tf
 from pipeline import __version__, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import IMAGE_SHAPE, NUM_PIXELS, Manifest
-from pipeline.records import SCALE_TABLE
+from pipeline.records import SCALE_TABLE, weights_sha256
 from trainer import run_folder
 from trainer.checkpoints import Progress
 from trainer.config import TrainConfig
@@ -75,17 +75,13 @@ def probabilities_of(logits: tf.Tensor) -> tf.Tensor:
     return tf.nn.softmax(logits)
 
 
-def weights_sha256(weights: list[np.ndarray]) -> str:
-    """Hashes weights, layer by layer: shape, then float32 little-endian bytes."""
-    digest = hashlib.sha256()
-    for weight in weights:
-        digest.update(repr(weight.shape).encode())
-        digest.update(weight.astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
 def describe(
-    weights: list[np.ndarray], config: TrainConfig, manifest: Manifest, progress: Progress
+    weights: list[np.ndarray],
+    config: TrainConfig,
+    manifest: Manifest,
+    progress: Progress,
+    *,
+    learned_from: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -94,16 +90,19 @@ def describe(
         config: how they were trained.
         manifest: of the dataset.
         progress: where training ended.
+        learned_from: what the model that it began from says under this name; see `warm_start`.
     """
     checksum = weights_sha256(weights)
     content = run_folder.describe(config, manifest.dataset_id, devices=None)
     settings = {field.name: content[field.name] for field in dataclasses.fields(config)}
+    own = {"dataset_id": manifest.dataset_id, "splits": config.train_on.split("+")}
     return {
         "model_id": hashlib.sha256(
             json.dumps([checksum, manifest.dataset_id]).encode()
         ).hexdigest()[:32],
         "weights_sha256": checksum,
         "dataset_id": manifest.dataset_id,
+        "learned_from": [*(each for each in learned_from if each != own), own],
         "preset": config.preset,
         "seed": config.seed,
         "config": settings,
@@ -130,7 +129,7 @@ def export(
     apply: Apply,
     weights: list[np.ndarray],
     description: dict[str, Any],
-    places: run_folder.Places,
+    places: run_folder.Places[Path],
     images: np.ndarray,
 ) -> None:
     """Publishes the folder that is evaluated and served; it appears whole, or not at all.

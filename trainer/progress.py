@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.command import log
+from pipeline.command import aligned, log
 from trainer.checkpoints import Progress
 
 LOG_SECONDS = 30.0  # between two lines of a log within an epoch
@@ -146,20 +146,14 @@ def table(lines: list[dict[str, Any]], exported: int) -> list[str]:
         exported: the epoch whose weights are exported.
     """
     spread = {round(i * (len(lines) - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)}
-    rows = ["   epoch      loss  accuracy  val_loss  val_accuracy   seconds"]
+    rows: list[tuple[str, ...]] = [
+        ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+    ]
     for i, line in enumerate(lines):
         if i not in spread and line["epoch"] != exported:
             continue
-        shown = [
-            f"{line['epoch']:6d}",
-            f"{line['loss']:8.4f}",
-            f"{line['accuracy']:8.4f}",
-            *(
-                f"{'-' if line[name] is None else format(line[name], '.4f'):>{width}}"
-                for name, width in (("val_loss", 8), ("val_accuracy", 12))
-            ),
-            f"{line['seconds']:8.2f}",
-        ]
-        rows.append((" *" if line["epoch"] == exported else "  ") + "  ".join(shown))
-    rows.append(f"  * exported; {sum(line['seconds'] for line in lines):.1f} s of training in all")
-    return rows
+        mark = "*" if line["epoch"] == exported else ""
+        measured = ["-" if line[name] is None else f"{line[name]:.4f}" for name in rows[0][1:5]]
+        rows.append((f"{mark}{line['epoch']:6d}", *measured, f"{line['seconds']:.2f}"))
+    told = f"  * exported; {sum(line['seconds'] for line in lines):.1f} s of training in all"
+    return [*aligned(rows, left=(), least=8), told]

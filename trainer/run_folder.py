@@ -9,10 +9,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from pipeline import storage
-from pipeline.command import InputError
+from pipeline.command import InputError, LockedError
+from pipeline.storage import Place
 from trainer.config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -30,9 +31,11 @@ VERTEX = {
 }
 MOUNTS = Path("/gcs")  # where it mounts Cloud Storage: bucket by bucket
 
+PlaceT_co = TypeVar("PlaceT_co", bound=Place, covariant=True)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Places:
+class Places(Generic[PlaceT_co]):
     """Where a run writes.
 
     Attributes:
@@ -42,49 +45,49 @@ class Places:
         tensorboard: event files and profiles.
     """
 
-    run: Path
-    model: Path
-    checkpoints: Path
-    tensorboard: Path
+    run: PlaceT_co
+    model: PlaceT_co
+    checkpoints: PlaceT_co
+    tensorboard: PlaceT_co
 
     @property
-    def config(self) -> Path:
+    def config(self) -> PlaceT_co:
         """How the run was started."""
-        return self.run / CONFIG_FILE
+        return cast(PlaceT_co, self.run / CONFIG_FILE)
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> PlaceT_co:
         """One line an epoch."""
-        return self.run / METRICS_FILE
+        return cast(PlaceT_co, self.run / METRICS_FILE)
 
 
 def places(
-    run_dir: Path,
+    run_dir: Place,
     given: Mapping[str, str | None],
     environ: Mapping[str, str],
     *,
     mounts: Path = MOUNTS,
-) -> Places:
+) -> Places[Place]:
     """The folders of a run: those given, else those of the environment, else in the run folder.
 
     Args:
         run_dir: the run folder.
         given: the flags ``model_dir``, ``checkpoint_dir`` and ``tensorboard_dir``, None where
             not given.
-        environ: the process's environment; it may name buckets that are mounted.
-        mounts: where they are.
+        environ: the process's environment.
+        mounts: where buckets may be mounted, which it then names.
 
     Raises:
         InputError: one cannot be used.
     """
-    found = {}
+    found: dict[str, Place] = {}
     for (flag, variable), inside in zip(
         VERTEX.items(), ("export", "checkpoints", "tensorboard"), strict=True
     ):
         text, of_vertex = given.get(flag), environ.get(variable)
         try:
             if text is not None:
-                found[flag] = storage.folder(text)
+                found[flag] = storage.folder(text, buckets=True)
             else:
                 found[flag] = mounted(of_vertex, mounts) if of_vertex else run_dir / inside
         except InputError as error:
@@ -98,19 +101,16 @@ def places(
     )
 
 
-def mounted(text: str, mounts: Path) -> Path:
-    """The local folder that a path or ``gs://bucket/path`` means; buckets lie under `mounts`.
+def mounted(text: str, mounts: Path) -> Place:
+    """The folder that a path or ``gs://bucket/path`` means, on this machine if it can be.
 
     Raises:
-        InputError: it cannot be used, or its bucket is not mounted.
+        InputError: it cannot be used.
     """
     place = storage.folder(text, buckets=True)
-    if isinstance(place, Path):
+    if isinstance(place, Path) or not (mounts / place.bucket).is_dir():
         return place
-    mount = mounts / place.bucket
-    if not mount.is_dir():
-        raise InputError(f"{text}: expected a local folder, or a bucket mounted as {mount}")
-    return storage.folder(str(mount / place.key))
+    return storage.folder(str(mounts / place.bucket / place.key))
 
 
 def require_writable(places: Places) -> None:
@@ -119,6 +119,8 @@ def require_writable(places: Places) -> None:
     Raises:
         InputError: it cannot.
     """
+    if places.model == places.model.parent:
+        raise InputError(f"{places.model}: is not replaced as a whole; expected a folder in it")
     for folder in (places.run, places.model.parent, places.checkpoints, places.tensorboard):
         storage.require_writable(folder)
 
@@ -188,6 +190,15 @@ def check_same_run(places: Places, asked: dict[str, Any]) -> None:
         )
 
 
+def earlier_input(places: Places) -> Literal["resident", "stream"] | None:
+    """How a run that was begun reads its examples; None where none was, or it does not say."""
+    try:
+        found = json.loads(places.config.read_text())["input"]
+    except (OSError, ValueError, TypeError, KeyError):  # `check_same_run` tells of it
+        return None
+    return found if found in ("resident", "stream") else None
+
+
 def is_finished(places: Places, asked: dict[str, Any]) -> bool:
     """Whether the model of this very run is exported, with as many epochs as are asked for.
 
@@ -196,7 +207,8 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
     """
     path = places.model / MODEL_FILE
     if not path.is_file():
-        storage.require_absent(places.model)
+        if not storage.is_unsettled(places.model):
+            storage.require_absent(places.model)
         return False
     found: Any = None
     with contextlib.suppress(ValueError, OSError):
@@ -209,8 +221,14 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
 
 
 def tidy(places: Places) -> None:
-    """Removes what a process left that was killed as it wrote a file or replaced a model."""
+    """Removes what a process left that was killed as it wrote a file or replaced a model.
+
+    Raises:
+        LockedError: one is at work on the model, or is not known to be dead.
+    """
     storage.recover(places.model)
+    if storage.is_unsettled(places.model):
+        raise LockedError(f"{places.model}: another process is at work here")
     for folder, names in (
         (places.run, f".{CONFIG_FILE}.* .{METRICS_FILE}.*"),
         (places.checkpoints, ".step-*.ckpt.*"),

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from pipeline import command, storage
-from pipeline.command import InputError, log
-from pipeline.dataset import Manifest, check_files, load_manifest
-from trainer import run_folder, warm_start
+from pipeline import command
+from pipeline.command import log
+from pipeline.storage import Place
+from trainer import run_folder
 from trainer.checkpoints import Checkpoints, Progress
-from trainer.checks import check_divides
 from trainer.config import TrainConfig
 from trainer.data import first_images
 from trainer.events import EventWriter
 from trainer.export import describe, export
+from trainer.job import Job, Read, begin, open_dataset, settle
 from trainer.loop import train
+from trainer.mirror import Mirror
 from trainer.progress import table
 from trainer.run import Run
 from trainer.run_folder import Places
-from trainer.sources import open_source, resolve_input
 from trainer.stop import StopSignal
 from trainer.strategy import join, make_strategy, told_of_others
 from trainer.trained import Splits, Trained, build, evaluation_batch
-from trainer.workers import in_cluster
+from trainer.workers import Workers, in_cluster
 
 CHECKED_IMAGES = 64  # that a fresh process is asked about
 
 
 def execute(
     config: TrainConfig,
-    dataset_dir: Path,
-    places: Places,
+    dataset_dir: Place,
+    places: Places[Place],
     stop: StopSignal,
     *,
     checkpoint_seconds: float,
     profile: bool,
-    initial_weights: Path | None = None,
+    initial_weights: Place | None = None,
 ) -> int:
     """Trains, or goes on training, and exports; returns an exit code.
 
@@ -61,135 +56,75 @@ def execute(
         LockedError: another process trains in this folder.
     """
     # Before any device is used; but one of several workers has to join the others first.
-    manifest = None if in_cluster() else _open_dataset(dataset_dir, config)
-    with contextlib.ExitStack() as held:
-        held.enter_context(told_of_others(stop))
-        strategy = make_strategy(config.replicas, tf32=config.tf32)
-        stop.listen()
-        workers = join(strategy)
-        stop.with_others = not workers.alone
+    manifest = None if in_cluster() else open_dataset(dataset_dir, config)
+    with told_of_others(stop), Mirror(places) as mirror:
+        stop.last = mirror.end
+        strategy, workers = _join(config, stop)
         with workers.together() as alike:
-            manifest = manifest or _open_dataset(dataset_dir, config)
-            if workers.is_chief:
-                run_folder.require_writable(places)
-            config = _resolve(config, strategy, manifest)
-            devices = [device.split("device:")[-1] for device in strategy.extended.worker_devices]
-            content = run_folder.describe(config, manifest.dataset_id, devices)
-            alike.update(content)
-        with workers.together():
-            # Data is read before a run folder is made, so that a damaged set leaves nothing.
-            there = places.run.is_dir()
-            if there and workers.is_chief:
-                _enter(held, places, content)
-            splits = open_splits(config, dataset_dir, manifest)
-            initial = None
-            if initial_weights is not None and config.initial_weights is not None:
-                warm_start.check_classes(initial_weights, manifest)
-                initial = warm_start.load(initial_weights, config.initial_weights)
-            if not there and workers.is_chief:
-                _enter(held, places, content)
-            finished = workers.is_chief and _is_done(places, content)
-        if workers.agree(finished):
-            if workers.is_chief:
-                log.info("%s: already trained and exported", places.run)
-            workers.part()
+            manifest = manifest or open_dataset(dataset_dir, config)
+            job = settle(config, manifest, places, mirror, strategy, workers)
+            alike.update(job.content)
+        found = begin(job, dataset_dir, initial_weights)
+        if found is None:
             return command.DONE
-        trained = build(config, strategy, splits, manifest.num_classes, initial)
-        run = Run(
-            config=config,
-            train=trained.train,
-            evaluate=trained.evaluate,
-            evaluated=trained.evaluated,
-            evaluation_batch=evaluation_batch(strategy),
-            order=splits.train.order,
-            train_size=splits.train.size,
-            validation_size=splits.validation.size if splits.validation else 0,
-            checkpoints=Checkpoints(
-                places.checkpoints,
-                trained,
-                run=run_folder.identity(content),
-                seconds=checkpoint_seconds,
-                writes=workers.is_chief,
-            ),
-            metrics=places.metrics,
-            events=EventWriter(places.tensorboard) if workers.is_chief else None,
-            stop=stop,
-            workers=workers,
-            profile=places.tensorboard if profile and workers.is_chief else None,
-        )
+        trained = build(job.config, strategy, found.splits, manifest.num_classes, found.initial)
+        run = _make_run(job, found.splits, trained, stop, checkpoint_seconds, profile)
         _announce(run, strategy)
         progress = train(run)
         if progress is None:
             log.info("stopped by SIGTERM after saving; the same command goes on from here")
             return command.TERMINATED
         stop.unsaved = stop.with_others = False  # from here on, a stop ends the process at once
-        if not workers.is_chief:
-            return command.DONE
-        images = first_images(dataset_dir, manifest, CHECKED_IMAGES)
-        _export(run, trained, manifest, places, progress, images)
+        if workers.is_chief:
+            sha256 = _export(job, run, trained, progress, found)
+            stop.with_others = True  # but for what is half published
+            mirror.publish()
+            log.info("%s: exported, weights sha256 %s", places.model, sha256)
     return command.DONE
 
 
-def _enter(held: contextlib.ExitStack, places: Places, content: dict[str, Any]) -> None:
-    """Takes the lock of the run folder, and makes sure that it holds no other run."""
-    held.enter_context(storage.locked(places.run))
-    run_folder.check_same_run(places, content)
+def _join(config: TrainConfig, stop: StopSignal) -> tuple[tf.distribute.Strategy, Workers]:
+    """Makes the replicas, and joins the workers that train with this one."""
+    strategy = make_strategy(config.replicas, tf32=config.tf32)
+    stop.listen()
+    workers = join(strategy)
+    stop.with_others = not workers.alone
+    return strategy, workers
 
 
-def _is_done(places: Places, content: dict[str, Any]) -> bool:
-    """Whether a process that was there before us has ended the run; else begins or goes on."""
-    run_folder.tidy(places)
-    if run_folder.is_finished(places, content):
-        return True
-    storage.write_atomic(places.config, json.dumps(content, indent=2) + "\n")
-    return False
-
-
-def _resolve(
-    config: TrainConfig, strategy: tf.distribute.Strategy, manifest: Manifest
-) -> TrainConfig:
-    """Fills in what this machine decides.
-
-    Raises:
-        InputError: the batch cannot be divided among so many replicas.
-    """
-    replicas = strategy.num_replicas_in_sync
-    check_divides(config.batch_size, replicas, reproducible=config.reproducible)
-    own = len(strategy.extended.worker_devices)
-    return dataclasses.replace(
-        config, replicas=replicas, input=resolve_input(config.input, manifest, own)
+def _make_run(
+    job: Job,
+    splits: Splits,
+    trained: Trained,
+    stop: StopSignal,
+    checkpoint_seconds: float,
+    profile: bool,
+) -> Run:
+    here, is_chief = job.mirror.here, job.workers.is_chief
+    return Run(
+        config=job.config,
+        train=trained.train,
+        evaluate=trained.evaluate,
+        evaluated=trained.evaluated,
+        evaluation_batch=evaluation_batch(job.strategy),
+        order=splits.train.order,
+        train_size=splits.train.size,
+        validation_size=splits.validation.size if splits.validation else 0,
+        checkpoints=Checkpoints(
+            here.checkpoints,
+            trained,
+            run=run_folder.identity(job.content),
+            seconds=checkpoint_seconds,
+            writes=is_chief,
+            after=job.mirror.saved,
+            shown=job.places.checkpoints,
+        ),
+        metrics=here.metrics,
+        events=EventWriter(here.tensorboard) if is_chief else None,
+        stop=stop,
+        workers=job.workers,
+        profile=here.tensorboard if profile and is_chief else None,
     )
-
-
-def _open_dataset(directory: Path, config: TrainConfig) -> Manifest:
-    """Reads the manifest, and checks the splits and their files by size alone.
-
-    Raises:
-        InputError: there is no valid manifest, a file is missing or has another size than it says,
-            or there is nothing to train on or to judge by.
-    """
-    manifest = load_manifest(directory)
-    check_files(directory, manifest, "train", "validation")
-    if not manifest.splits["train"].num_examples:
-        raise InputError(f"{directory}: its train split has no examples")
-    if config.patience and not manifest.splits["validation"].num_examples:
-        raise InputError(
-            f"--patience {config.patience}: expected 0, as {directory} has no validation split"
-            " to judge by"
-        )
-    return manifest
-
-
-def open_splits(config: TrainConfig, directory: Path, manifest: Manifest) -> Splits:
-    """Opens the splits that a run needs.
-
-    Raises:
-        InputError: a file is not what the manifest says.
-    """
-    train = open_source(directory, manifest, config.train_on, config.seed, config.input)
-    if "validation" in config.train_on or not manifest.splits["validation"].num_examples:
-        return Splits(train, None)
-    return Splits(train, open_source(directory, manifest, "validation", None, config.input))
 
 
 def _announce(run: Run, strategy: tf.distribute.Strategy) -> None:
@@ -204,19 +139,26 @@ def _announce(run: Run, strategy: tf.distribute.Strategy) -> None:
     )
 
 
-def _export(
-    run: Run,
-    trained: Trained,
-    manifest: Manifest,
-    places: Places,
-    progress: Progress,
-    images: np.ndarray,
-) -> None:
-    """Shows the final table and exports the best weights, where there are any, else the last."""
+def _export(job: Job, run: Run, trained: Trained, progress: Progress, read: Read) -> str:
+    """Shows the final table and exports the best weights, where there are any, else the last.
+
+    Args:
+        job: the run.
+        run: what the loop worked with.
+        trained: as it left it.
+        progress: where it ended.
+        read: what it began with; the model is asked about images of its data.
+
+    Returns:
+        The checksum of the weights.
+    """
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for row in table(lines, progress.best_epoch or progress.epoch):
         log.info("%s", row)
     weights = list(progress.best_weights) or trained.evaluated()
-    description = describe(weights, run.config, manifest, progress)
-    export(trained.model.apply, weights, description, places, images)
-    log.info("%s: exported, weights sha256 %s", places.model, description["weights_sha256"])
+    description = describe(
+        weights, run.config, job.manifest, progress, learned_from=read.learned_from
+    )
+    images = first_images(read.directory, job.manifest, CHECKED_IMAGES)
+    export(trained.model.apply, weights, description, job.mirror.here, images)
+    return description["weights_sha256"]

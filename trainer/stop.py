@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -35,13 +36,16 @@ class StopSignal:
     Attributes:
         received: whether a stop was asked for.
         unsaved: whether steps were taken that no checkpoint holds.
-        with_others: whether other workers have to be told, which only the loop can do.
+        with_others: whether something is under way with others, other workers or a server, that
+            only the process itself can bring to an end.
+        last: called in the thread before it ends the process, but for a second signal.
     """
 
     def __init__(self) -> None:
         self.received = False
         self.unsaved = False
         self.with_others = False
+        self.last: Callable[[], None] = lambda: None
         self._closed = False
         self._reports, self._reporter = socket.socketpair()
         self._reports.settimeout(LOOK_SECONDS)
@@ -101,6 +105,7 @@ class StopSignal:
                     break
                 since = now if since is None else since
             if since is not None and now - since > self._grace():
+                self.last()
                 break
         if not self._closed:
             log.info("stopped by SIGTERM; the same command goes on from the last checkpoint")

@@ -4,7 +4,7 @@ python -m trainer.task --dataset_dir out/mnist --run_dir out/run
 python -m trainer.task --preset xor    # the four points of XOR, in seconds; reads no dataset
 
 A run that was stopped or killed goes on when the same command is given again, and ends in the
-same weights, bit for bit.
+same weights, bit for bit. Folders may be in buckets: gs://bucket/path.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import json
 import os
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline import command, storage
 from pipeline.command import InputError, log
+from pipeline.storage import Place
 from trainer import run_folder, warm_start
 from trainer.checks import configure
 from trainer.config import PRESETS, TrainConfig, choices
@@ -47,12 +47,12 @@ class TaskConfig:
         unknown: arguments that are not of this command, where a dry run puts up with them.
     """
 
-    dataset_dir: Path | None
-    places: Places | None
+    dataset_dir: Place | None
+    places: Places[Place] | None
     train: TrainConfig
     checkpoint_seconds: float = 10.0
     profile: bool = False
-    initial_weights: Path | None = None
+    initial_weights: Place | None = None
     dry_run: bool = False
     unknown: tuple[str, ...] | None = None
 
@@ -158,13 +158,15 @@ def parse(argv: list[str]) -> TaskConfig:
         )
     initial = None
     if flags.initial_weights is not None:
-        initial = storage.folder(flags.initial_weights)
+        initial = storage.folder(flags.initial_weights, buckets=True)
         checksum = warm_start.checksum(initial, config.hidden_units)
         config = dataclasses.replace(config, initial_weights=checksum)
     seconds = flags.checkpoint_seconds
     return TaskConfig(
-        dataset_dir=storage.folder(flags.dataset_dir),
-        places=run_folder.places(storage.folder(flags.run_dir), vars(flags), os.environ),
+        dataset_dir=storage.folder(flags.dataset_dir, buckets=True),
+        places=run_folder.places(
+            storage.folder(flags.run_dir, buckets=True), vars(flags), os.environ
+        ),
         train=config,
         checkpoint_seconds=TaskConfig.checkpoint_seconds if seconds is None else seconds,
         profile=flags.profile,
@@ -208,6 +210,7 @@ def execute(config: TaskConfig) -> int:
             asked = run_folder.describe(config.train, manifest.dataset_id, devices=None)
             run_folder.check_same_run(config.places, asked)
             if run_folder.is_finished(config.places, asked):
+                storage.recover(config.places.model)  # it was killed just after the model stood
                 log.info("%s: already trained and exported", config.places.run)
                 return command.DONE
         with command.quiet_import():

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import cache
 from pipeline.command import InputError
+from pipeline.storage import Place
 from trainer.run_folder import MODEL_FILE
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 FLAG = "--initial_weights"
 
 
-def checksum(directory: Path, hidden_units: Sequence[int]) -> str:
+def checksum(directory: Place, hidden_units: Sequence[int]) -> str:
     """The ``weights_sha256`` of an exported model whose layers are as wide as these.
 
     Raises:
@@ -35,7 +37,7 @@ def checksum(directory: Path, hidden_units: Sequence[int]) -> str:
     return description["weights_sha256"]
 
 
-def check_classes(directory: Path, manifest: Manifest) -> None:
+def check_classes(directory: Place, manifest: Manifest) -> None:
     """Makes sure that a model answers with the classes of a dataset.
 
     Raises:
@@ -49,7 +51,7 @@ def check_classes(directory: Path, manifest: Manifest) -> None:
         )
 
 
-def load(directory: Path, sha256: str) -> list[np.ndarray]:
+def load(directory: Place, sha256: str) -> list[np.ndarray]:
     """Reads the weights of an exported model: w, b, w, b, ..., float32.
 
     Raises:
@@ -59,13 +61,12 @@ def load(directory: Path, sha256: str) -> list[np.ndarray]:
 
     from trainer.export import weights_sha256
 
-    try:
-        reader = tf.train.load_checkpoint(str(directory / "variables" / "variables"))
-        names = [name for name in reader.get_variable_to_shape_map() if name.startswith("weights/")]
-        names.sort(key=lambda name: int(name.split("/")[1]))
-        weights = [reader.get_tensor(name) for name in names]
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        raise InputError(f"{FLAG} {directory}: its weights cannot be read: {error}") from None
+    with cache.local(directory / "variables") as folder:
+        try:
+            weights = _read(folder / "variables")
+        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            said = str(error).replace(str(folder), str(directory / "variables"))
+            raise InputError(f"{FLAG} {directory}: its weights cannot be read: {said}") from None
     if weights_sha256(weights) != sha256:
         raise InputError(
             f"{FLAG} {directory}: its weights are not those that its {MODEL_FILE} names; expected"
@@ -74,7 +75,25 @@ def load(directory: Path, sha256: str) -> list[np.ndarray]:
     return weights
 
 
-def _description(directory: Path) -> dict[str, Any]:
+def learned_from(directory: Place) -> list[dict[str, Any]]:
+    """The datasets, and their splits, that an exported model was trained on, and those before it.
+
+    Of a model that does not say so one dataset without a name stands for them.
+    """
+    found = _description(directory).get("learned_from")
+    return found if isinstance(found, list) else [{"dataset_id": None, "splits": []}]
+
+
+def _read(prefix: Path) -> list[np.ndarray]:
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(prefix))
+    names = [name for name in reader.get_variable_to_shape_map() if name.startswith("weights/")]
+    names.sort(key=lambda name: int(name.split("/")[1]))
+    return [reader.get_tensor(name) for name in names]
+
+
+def _description(directory: Place) -> dict[str, Any]:
     path = directory / MODEL_FILE
     try:
         found = json.loads(path.read_text())

@@ -9,7 +9,16 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pipeline.command import LOCKED, TERMINATED, InputError, LockedError
+from pipeline.command import (
+    TERMINATED,
+    FailedError,
+    InputError,
+    LockedError,
+    UnreachableError,
+)
+
+# What another worker's exit code stands for; any other: wrong input.
+KINDS = {kind.exit_code: kind for kind in (LockedError, UnreachableError, FailedError)}
 
 
 class EndedError(InputError):
@@ -82,8 +91,7 @@ def difference(said: list[Said]) -> InputError | None:
     """Why workers cannot go on: what one of them refuses, else where they differ, if at all."""
     for rank, one in enumerate(said):
         if one.exit_code:
-            kind = LockedError if one.exit_code == LOCKED else InputError
-            return kind(f"worker {rank}: {one.refusal}")
+            return KINDS.get(one.exit_code, InputError)(f"worker {rank}: {one.refusal}")
     for rank, one in enumerate(said[1:], start=1):
         for name in sorted(said[0].alike | one.alike):
             if one.alike.get(name) != said[0].alike.get(name):

@@ -103,12 +103,12 @@ def train(config: TrainConfig, training: Training) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """The outputs of every seed, and which learned."""
-    lines = [f"{'seed':>10}" + "".join(f"{f'{x:.0f} xor {y:.0f}':>9}" for x, y in POINTS)]
-    lines[0] += f"{'loss':>10}  learned"
+    rows = [["seed", *(f"{x:.0f} xor {y:.0f}" for x, y in POINTS), "loss", "learned"]]
     for result in results:
-        outputs = "".join(f"{output:9.4f}" for output in result.outputs)
+        outputs = [f"{output:.4f}" for output in result.outputs]
         answer = "yes" if result.learned else "no"
-        lines.append(f"{result.seed:>10}{outputs}{result.loss:10.6f}  {answer}")
+        rows.append([f"{result.seed:10}", *outputs, f"{result.loss:.6f}", answer])
+    lines = command.aligned(rows, left=[len(rows[0]) - 1])
     failed = [str(result.seed) for result in results if not result.learned]
     lines.append(f"{len(results) - len(failed)} of {len(results)} seeds learned XOR")
     if failed:

@@ -11,7 +11,9 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.runner import create_runner
 
 from pipeline import runners
-from pipeline.command import InputError
+from pipeline.command import InputError, LockedError, UnreachableError
+from pipeline.gcs import ChangedError, GcsPath
+from pipeline.storage import OccupiedError
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,25 @@ def test_input_error_on_a_worker_stays_one(message):
     with pytest.raises(InputError) as caught:
         run(fail)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("flags", [(), ("--direct_running_mode=multi_threading",)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UnreachableError("gs://b/k: no answer"), UnreachableError),
+        (LockedError("gs://b/k: another"), LockedError),
+        (ChangedError(GcsPath("b", "k")), LockedError),
+        (OccupiedError("gs://b/k: holds files"), InputError),
+    ],
+)
+def test_errors_of_servers_and_locks_stay_what_they_are(error, kind, flags):
+    def fail(_):
+        raise error
+
+    with pytest.raises(InputError) as caught:
+        run(fail, *flags)
+    assert (type(caught.value), str(caught.value)) == (kind, str(error))
 
 
 def test_input_error_of_another_thread_or_process_stays_one():

@@ -1,0 +1,325 @@
+"""One custom job from its submission, or from where it is found, to its end.
+
+It is asked about with pauses that grow, and through silences of the service. Of a run there is
+one job at a time: it carries the label of the run's folder, and whoever comes looks for it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from pipeline import command, leases, vertex_job
+from pipeline.command import LockedError, log
+from pipeline.vertex_client import (
+    CANCELLED,
+    CANCELLING,
+    SUCCEEDED,
+    Job,
+    JobError,
+    NoAnswerError,
+    QuotaError,
+    RefusedError,
+)
+from pipeline.vertex_job import Task
+from pipeline.vertex_options import VertexConfig
+
+FIRST_SECONDS = 1.0  # the first pause between two questions; each is longer than the one before
+GROWTH = 1.5
+REPEAT_SECONDS = 600.0  # after which a state that stays is told again
+CANCEL_SECONDS = 300.0  # for the trainer to save, and the service to notice
+CANCEL_PATIENCE_SECONDS = 60.0
+RESOURCE_EXHAUSTED = 8  # of google.rpc.Code
+EXIT_CODE = re.compile(r"exited with a non-zero status(?: code)?(?: of)? (\d+)")
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class StoppedError(Exception):
+    """A stop was asked for."""
+
+
+class Jobs(Protocol):
+    """What is asked of `vertex_client.Service`."""
+
+    def create(self, request: Mapping[str, Any]) -> Job:
+        """Makes a job."""
+
+    def get(self, name: str) -> Job:
+        """How it stands."""
+
+    def unfinished(self, run_label: str) -> list[Job]:
+        """Those of a run that have not ended."""
+
+    def cancel(self, name: str) -> None:
+        """Asks for the end of one."""
+
+
+class Asking:
+    """Asks a service until it answers; between two questions it waits, longer each time.
+
+    Attributes:
+        longest: of its pauses, in seconds.
+        patience: how long it goes on where no answer comes, in seconds.
+        stop: ends every pause.
+    """
+
+    def __init__(self, *, longest: float, patience: float, stop: threading.Event) -> None:
+        self.longest = longest
+        self.patience = patience
+        self.stop = stop
+        self._silent_since: float | None = None
+        self._pause = FIRST_SECONDS
+
+    def begin(self) -> None:
+        """The next pause is the first one again."""
+        self._pause = FIRST_SECONDS
+
+    def wait(self) -> None:
+        """Pauses; raises `StoppedError` at once where a stop was asked for."""
+        if self.stop.wait(min(self._pause, self.longest)):
+            raise StoppedError
+        self._pause *= GROWTH
+
+    def unanswered(self, error: NoAnswerError) -> None:
+        """Waits until it is worth asking again.
+
+        Raises:
+            JobError: no answer has come for too long.
+        """
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+            self.begin()
+            log.info("no answer from Vertex AI (%s); asking on for %g s", error, self.patience)
+        if now - self._silent_since > self.patience:
+            raise JobError(
+                f"no answer from Vertex AI for {self.patience:g} seconds ({error}); a job that is"
+                " at work goes on there, and the same command finds it",
+                command.UNREACHABLE,
+            )
+        self.wait()
+
+    def until_answered(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Asks until there is an answer."""
+        while True:
+            if self.stop.is_set():
+                raise StoppedError
+            try:
+                answer = ask(*args, **kwargs)
+            except NoAnswerError as error:
+                self.unanswered(error)
+            else:
+                if self._silent_since is not None:
+                    self._silent_since = None
+                    self.begin()
+                return answer
+
+
+class Training:
+    """The training of one run, as one custom job.
+
+    Attributes:
+        service: that runs it.
+        config: where, and on what.
+        task: what is to be trained.
+        stop: set where it is to be cancelled.
+    """
+
+    def __init__(
+        self, service: Jobs, config: VertexConfig, task: Task, stop: threading.Event
+    ) -> None:
+        self.service = service
+        self.config = config
+        self.task = task
+        self.stop = stop
+        self._job: Job | None = None  # the last that was heard of it
+
+    def finish(self) -> int:
+        """Sees to it that a job trains the run, and follows it to its end; returns an exit code.
+
+        Raises:
+            JobError: it did not end well, or the service has no room or does not answer.
+            LockedError: a job of another attempt is at work in this folder.
+        """
+        waited = False
+        try:
+            while True:
+                job = self._find()
+                was_dying = job is not None and job.state == CANCELLING
+                ended = self._follow(job or self._submit())
+                if was_dying and ended.state != SUCCEEDED:
+                    continue  # what ended that one was meant for an earlier command
+                if waited or exit_code(ended.error) != command.LOCKED:
+                    return outcome(ended, self.config)
+                waited = True
+                self._wait_for_lock(ended)
+        except StoppedError:
+            self._cancel()
+            return command.TERMINATED
+        except KeyboardInterrupt:
+            self._cancel()
+            raise
+
+    def _asking(self) -> Asking:
+        return Asking(
+            longest=self.config.poll_seconds, patience=self.config.patience_seconds, stop=self.stop
+        )
+
+    def _find(self) -> Job | None:
+        """The job that is at work for this attempt of the run, if there is one.
+
+        Raises:
+            LockedError: there is one of another attempt.
+        """
+        jobs = self._asking().until_answered(self.service.unfinished, self.task.run_label)
+        for job in jobs:
+            if job.attempt != str(self.task.attempt):
+                raise LockedError(
+                    f"{self.task.run_dir}: {job.name} ({job.display_name}) is at work here; wait"
+                    " for its end, or cancel it"
+                )
+        if not jobs:
+            return None
+        log.info("found %s (%s)", jobs[0].name, jobs[0].display_name)
+        return jobs[0]
+
+    def _submit(self) -> Job:
+        """Makes a job: one, even where the answer is lost on its way here.
+
+        Raises:
+            JobError: the project may not have as much.
+        """
+        request = vertex_job.request(self.config, self.task)
+        asking = self._asking()
+        while True:
+            try:
+                job = self.service.create(request)
+            except QuotaError as error:
+                raise JobError(no_room(self.config, str(error)), command.UNREACHABLE) from None
+            except NoAnswerError as error:
+                asking.unanswered(error)
+                if (made := self._find()) is not None:  # the request was heard all the same
+                    return made
+            else:
+                log.info("submitted %s (%s)", job.name, job.display_name)
+                return job
+
+    def _follow(self, job: Job) -> Job:
+        """Asks how a job stands until it has ended; tells every change of its state."""
+        asking = self._asking()
+        shown, shown_at = "", 0.0
+        log.info("%s", console(job))
+        while True:
+            self._job = job
+            now = time.monotonic()
+            if job.state != shown or now - shown_at > REPEAT_SECONDS:
+                log.info("%s after %s", job.state.lower(), age(job))
+                if job.state != shown:
+                    asking.begin()
+                shown, shown_at = job.state, now
+            if job.is_over:
+                return job
+            asking.wait()
+            try:
+                job = asking.until_answered(self.service.get, job.name)
+            except RefusedError as error:
+                raise JobError(f"{job.name}: its state is not told any more: {error}") from None
+
+    def _wait_for_lock(self, ended: Job) -> None:
+        """Waits until the lock of the run folder has lapsed.
+
+        As no other job is at work there, it is that of a trainer which was killed, and started
+        again at once.
+        """
+        _, lapse = leases.times()
+        log.info("%s: %s; once more in %g seconds", ended.name, ended.error, lapse)
+        if self.stop.wait(lapse):
+            raise StoppedError
+
+    def _cancel(self) -> None:
+        """Cancels what is at work for this attempt, and waits for its end.
+
+        It asks what that is: the answer to the request for a job may have been lost.
+        """
+        asking = Asking(
+            longest=self.config.poll_seconds,
+            patience=min(CANCEL_PATIENCE_SECONDS, self.config.patience_seconds),
+            stop=threading.Event(),
+        )
+        deadline = time.monotonic() + CANCEL_SECONDS
+        try:
+            jobs = asking.until_answered(self.service.unfinished, self.task.run_label)
+            names = {job.name for job in jobs if job.attempt == str(self.task.attempt)}
+            if self._job is not None and not self._job.is_over:
+                names.add(self._job.name)
+            for name in sorted(names):
+                log.info("cancelling %s", name)
+                with contextlib.suppress(RefusedError):  # it has ended meanwhile
+                    asking.until_answered(self.service.cancel, name)
+            for name in sorted(names):
+                while not asking.until_answered(self.service.get, name).is_over:
+                    if time.monotonic() > deadline:
+                        log.warning("%s is still being cancelled", name)
+                        return
+                    asking.wait()
+        except (JobError, RefusedError) as error:
+            log.error("it may not be cancelled: %s", error)
+            return
+        log.info("cancelled; the same command goes on from the last checkpoint")
+
+
+def outcome(job: Job, config: VertexConfig) -> int:
+    """The exit code of a job that has ended.
+
+    Raises:
+        JobError: it did not end well.
+    """
+    reason = f": {job.error}" if job.error else ""
+    if job.state == SUCCEEDED:
+        return command.DONE
+    if job.state == CANCELLED:
+        log.info("%s was cancelled%s; the same command goes on from there", job.name, reason)
+        return command.TERMINATED
+    if job.error_code == RESOURCE_EXHAUSTED:
+        raise JobError(no_room(config, job.error), command.UNREACHABLE)
+    text = f"{job.name} ended as {job.state.lower()}{reason}; its log: {console(job)}"
+    raise JobError(text, exit_code(job.error))
+
+
+def exit_code(text: str) -> int:
+    """The trainer's exit code, where what the service says of a failure tells it, else 1."""
+    told = EXIT_CODE.search(text)
+    code = int(told[1]) if told else command.FAILED
+    return code if 0 < code < 256 else command.FAILED
+
+
+def no_room(config: VertexConfig, reason: str) -> str:
+    """What is said of a quota, and what may help against it."""
+    spot = "" if config.spot else "--vertex_spot, "
+    return (
+        f"Vertex AI has no room in project {config.project}, region {config.region}: {reason};"
+        f" try {spot}another --vertex_region or --vertex_machine_type, or ask for more:"
+        f" https://console.cloud.google.com/iam-admin/quotas?project={config.project}"
+    )
+
+
+def console(job: Job) -> str:
+    """The page of a job, where its log is as well."""
+    _, project, _, region, _, number = job.name.split("/")
+    return (
+        f"https://console.cloud.google.com/vertex-ai/locations/{region}/training/{number}"
+        f"?project={project}"
+    )
+
+
+def age(job: Job) -> str:
+    """How long ago a job was made: ``0:01:30``."""
+    elapsed = datetime.datetime.now(datetime.UTC) - job.created
+    return str(datetime.timedelta(seconds=max(0, int(elapsed.total_seconds()))))

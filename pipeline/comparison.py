@@ -7,12 +7,14 @@ with as many of another dataset some more arrays of that size, no Python object 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline import tables
+from pipeline import command, tables
 from pipeline.command import InputError
 from pipeline.dataset import SPLITS, Manifest, load_manifest
+from pipeline.drift import divergence
 from pipeline.matching import HASH, Index, compare
 from pipeline.records import SCALE_TABLE, unscale
 from pipeline.storage import Place
@@ -86,30 +88,30 @@ def describe(directory: Place) -> str:
     """A dataset as a table: splits, classes, statistics, what was set aside."""
     manifest = load_manifest(directory)
     found = {split: statistics(directory, manifest, split)[0] for split in SPLITS}
-    rows: list[tuple[str, list[str]]] = [
-        ("", list(SPLITS)),
-        ("records", [f"{found[split].num_records:,}" for split in SPLITS]),
-        ("files", [str(len(manifest.splits[split].shards)) for split in SPLITS]),
-        ("MB", [f"{_bytes(manifest, split) / 1e6:.1f}" for split in SPLITS]),
-        ("pixel mean", [f"{found[split].mean:.4f}" for split in SPLITS]),
-        ("deviation", [f"{found[split].deviation:.4f}" for split in SPLITS]),
+    rows = [
+        ["", *SPLITS],
+        ["records", *(f"{found[split].num_records:,}" for split in SPLITS)],
+        ["files", *(str(len(manifest.splits[split].shards)) for split in SPLITS)],
+        ["MB", *(f"{_bytes(manifest, split) / 1e6:.1f}" for split in SPLITS)],
+        ["pixel mean", *(f"{found[split].mean:.4f}" for split in SPLITS)],
+        ["deviation", *(f"{found[split].deviation:.4f}" for split in SPLITS)],
     ]
     classes = [
-        (
+        [
             _shortened(name),
-            [f"{manifest.splits[split].label_counts[label]:,}" for split in SPLITS],
-        )
+            *(f"{manifest.splits[split].label_counts[label]:,}" for split in SPLITS),
+        ]
         for label, name in enumerate(manifest.class_names)
     ]
-    width = max(COLUMN, 1 + max(len(name) for name, _ in classes))
+    table = _aligned([*rows, *classes])
     duplicates = manifest.duplicates
     lines = [
         f"{directory}: dataset {manifest.dataset_id}",
         f"source: {manifest.source['title']}; split by {manifest.split_by}",
         "",
-        *(_row(name, cells, width) for name, cells in rows),
+        *table[: len(rows)],
         "",
-        *(_row(name, cells, width) for name, cells in classes),
+        *table[len(rows) :],
         "",
         f"quarantined {manifest.quarantined['count']}, dropped {manifest.dropped},"
         f" blank {manifest.flagged.get('blank', 0)}",
@@ -128,8 +130,9 @@ def _shortened(name: str) -> str:
     return name[: LONGEST_NAME - len(LEFT_OUT) - half] + LEFT_OUT + name[-half:]
 
 
-def _row(name: str, cells: list[str], width: int = COLUMN) -> str:
-    return f"{name:<{width}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells)
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    named = [(f"{name} ", *cells) for name, *cells in rows]
+    return command.aligned(named, least=COLUMN, gap="")
 
 
 def _bytes(manifest: Manifest, split: str) -> int:
@@ -158,16 +161,18 @@ def diff(one: Place, other: Place) -> str:
     lines += [f"  {x} -> {y} {n:,}" for (x, y), n in sorted(named.items())]
     largest = sorted(relabels.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_LINES]
     lines += [f"  {names[x]} -> {names[y]} {n:,}" for (x, y), n in largest]
-    lines += ["", f"{'drift':<12}{'classes':>12}{'pixels':>12}{'mean A':>12}{'mean B':>12}"]
+    rows = [["drift", "classes", "pixels", "mean A", "mean B"]]
     for split in SPLITS:
-        classes = distance(
+        classes = divergence(
             _by_name(a[split], names_a, names_b), _by_name(b[split], names_b, names_a)
         )
-        pixels = distance(a[split].levels, b[split].levels)
+        pixels = divergence(a[split].levels.tolist(), b[split].levels.tolist())
         cells = [_number(value) for value in (classes, pixels, a[split].mean, b[split].mean)]
-        lines.append(_row(split, cells))
+        rows.append([split, *cells])
+    lines += ["", *_aligned(rows)]
     lines.append(
-        "drift is the total variation distance: 0 for the same shares, 1 for none in common"
+        "drift is the Jensen-Shannon divergence in bits: 0 where shares are equal, 1 where none is"
+        " in common"
     )
     return "\n".join(lines)
 
@@ -187,17 +192,10 @@ def _read(
     return found, Index(hashes, places[table["label"][order]], table["split"][order])
 
 
-def _by_name(found: SplitStatistics, own: tuple[str, ...], others: tuple[str, ...]) -> np.ndarray:
+def _by_name(found: SplitStatistics, own: tuple[str, ...], others: tuple[str, ...]) -> list[int]:
     """Class counts in an order that both datasets share."""
     counts = dict(zip(own, found.label_counts.tolist(), strict=True))
-    return np.array([counts.get(name, 0) for name in sorted({*own, *others})])
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> float | None:
-    """The total variation distance of two histograms: half the sum of |p - q|; None of none."""
-    if not one.sum() or not other.sum():
-        return None
-    return float(np.abs(one / one.sum() - other / other.sum()).sum() / 2)
+    return [counts.get(name, 0) for name in sorted({*own, *others})]
 
 
 def _number(value: float | None) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from pipeline import slices
 from pipeline.dataset import METRICS_NAME, SPLITS, Manifest
+from pipeline.storage import Place
 
 REPORT_FILE = "report.json"
 STATISTICS = "statistics"
 
 
-def load_histograms(directory: Path) -> dict[str, Any]:
+def load_histograms(directory: Place) -> dict[str, Any]:
     """Reads what preprocess counted of each split's images by ink and stroke width.
 
     It is no part of a dataset's identity, and older ones lack it: then there is nothing.
@@ -27,7 +27,7 @@ def load_histograms(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def load_data(model_dir: Path) -> dict[str, Any] | None:
+def load_data(model_dir: Place) -> dict[str, Any] | None:
     """Reads `data_of` the dataset that a promoted model was judged on, from its report.
 
     The registry puts the report beside the model; where there is none, there is nothing.

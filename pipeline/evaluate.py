@@ -3,22 +3,22 @@
 python -m pipeline.evaluate --model_dir RUN/export --dataset_dir DATASET --report_dir REPORT
 
 All models are scored in one pass. The same models and records give the same report.json, on
-every runner and with any number of workers.
+every runner, with any number of workers, and wherever they lie. Every folder may be gs://.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import command, drift, ledger, models, page, report, runners, storage
 from pipeline.command import InputError, log, show
 from pipeline.dataset import SPLITS, Manifest, load_manifest
 from pipeline.drift import REPORT_FILE
+from pipeline.storage import Place
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -26,27 +26,31 @@ if TYPE_CHECKING:
     from pipeline.tally import Tally
 
 PROG = "pipeline.evaluate"
-UNPUBLISHED = ".report.json"  # until all that belongs to it is in its place
+STAGE = "evaluate"
+PAGE_FILE, CLASSES_FILE, CONFUSION_FILE = "report.html", "per_class.csv", "confusion_matrix.csv"
 PREDICTIONS = "predictions"
+OURS = (REPORT_FILE, PAGE_FILE, CLASSES_FILE, CONFUSION_FILE, PREDICTIONS)
+TALLY_FILE = ".tally.json"  # in which the workers say what they counted; is not published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """The flags of this stage."""
 
-    model_dir: Path
-    dataset_dir: Path
-    report_dir: Path
+    model_dir: Place
+    dataset_dir: Place
+    report_dir: Place
     split: str = "test"
-    baseline_dir: Path | None = None
-    compare_dirs: tuple[Path, ...] = ()
-    ledger: Path | None = None
+    baseline_dir: Place | None = None
+    compare_dirs: tuple[Place, ...] = ()
+    ledger: Place | None = None
     run_id: str | None = None
     save_predictions: bool = False
+    dry_run: bool = False
     beam_arguments: tuple[str, ...] = ()
 
     @property
-    def others(self) -> tuple[Path, ...]:
+    def others(self) -> tuple[Place, ...]:
         """The models that are scored beside the one the report is about."""
         return (*([self.baseline_dir] if self.baseline_dir else []), *self.compare_dirs)
 
@@ -58,12 +62,12 @@ class Job:
     Attributes:
         config: the flags.
         manifest: of the dataset.
-        predictions_dir: where the answers go, if they are saved.
+        directory: where the workers write.
     """
 
     config: EvaluateConfig
     manifest: Manifest
-    predictions_dir: Path | None
+    directory: Place
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -99,19 +103,36 @@ def parse(argv: list[str]) -> EvaluateConfig:
         action="store_true",
         help=f"write every answer to REPORT/{PREDICTIONS}/, a file for each shard",
     )
-    flags, beam_arguments = runners.parse_known_args(parser, argv)
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done")
+    flags, beam_arguments = runners.parse_known_args(parser, argv, _reached_by_workers)
     return EvaluateConfig(
-        model_dir=storage.folder(flags.model_dir),
-        dataset_dir=storage.folder(flags.dataset_dir),
-        report_dir=storage.folder(flags.report_dir),
+        model_dir=_folder(flags.model_dir),
+        dataset_dir=_folder(flags.dataset_dir),
+        report_dir=_folder(flags.report_dir),
         split=flags.split,
-        baseline_dir=storage.folder(flags.baseline_dir) if flags.baseline_dir is not None else None,
-        compare_dirs=tuple(storage.folder(name) for name in flags.compare_dir),
-        ledger=storage.folder(flags.ledger) if flags.ledger is not None else None,
+        baseline_dir=_folder(flags.baseline_dir) if flags.baseline_dir is not None else None,
+        compare_dirs=tuple(map(_folder, flags.compare_dir)),
+        ledger=_folder(flags.ledger) if flags.ledger is not None else None,
         run_id=flags.run_id,
         save_predictions=flags.save_predictions,
+        dry_run=flags.dry_run,
         beam_arguments=beam_arguments,
     )
+
+
+def _reached_by_workers(flags: argparse.Namespace) -> list[tuple[str, str]]:
+    named = {
+        "--model_dir": flags.model_dir,
+        "--baseline_dir": flags.baseline_dir,
+        "--dataset_dir": flags.dataset_dir,
+        "--report_dir": flags.report_dir,
+    }
+    compared = [("--compare_dir", name) for name in flags.compare_dir]
+    return [(flag, name) for flag, name in named.items() if name is not None] + compared
+
+
+def _folder(text: str) -> Place:
+    return storage.folder(text, buckets=True)
 
 
 def build(root: beam.Pipeline, job: Job) -> beam.PCollection:
@@ -130,17 +151,37 @@ def build(root: beam.Pipeline, job: Job) -> beam.PCollection:
         | "ReadRecords" >> ReadRecords(shards, config.dataset_dir)  # RecordBlock
         | "Score" >> RunInference(SavedModelsHandler(model_dirs, num_classes))  # ScoredBlock
     )
-    if job.predictions_dir is not None:
-        _ = scored | "WritePredictions" >> WritePredictions(len(shards), job.predictions_dir)
+    if config.save_predictions:
+        predictions_dir = job.directory / PREDICTIONS
+        _ = scored | "WritePredictions" >> WritePredictions(len(shards), predictions_dir)
     return (
         scored
         | "AddUp" >> beam.CombineGlobally(AddUp(num_classes, len(model_dirs)))  # Tally
-        | "WriteReport" >> beam.Map(write_report, config, job.manifest)
+        | "WriteTally" >> beam.Map(write_tally, str(job.directory))
     )
 
 
-def write_report(total: Tally, config: EvaluateConfig, manifest: Manifest) -> None:
-    """Writes the files of the report; its numbers last, and not yet under their name.
+def write_tally(total: Tally, directory: str) -> None:
+    """Hands on what was counted; what the workers know has no other way to the report."""
+    from pipeline.tally import tally_json
+
+    storage.write_atomic(storage.place(directory) / TALLY_FILE, tally_json(total))
+
+
+def read_tally(directory: Place) -> Tally:
+    """Takes what `write_tally` handed on."""
+    from pipeline.tally import parse_tally
+
+    file = directory / TALLY_FILE
+    total = parse_tally(file.read_text())
+    file.unlink()
+    return total
+
+
+def write_report(
+    total: Tally, config: EvaluateConfig, manifest: Manifest, directory: Place
+) -> dict[str, Any]:
+    """Writes the files of the report, and returns the content of ``report.json``.
 
     Raises:
         RuntimeError: not every record of the split was scored once.
@@ -173,24 +214,32 @@ def write_report(total: Tally, config: EvaluateConfig, manifest: Manifest) -> No
         histograms=drift.load_histograms(config.dataset_dir),
         test_id=test_id,
         challengers_before=count_challengers_before(config.ledger, config.run_id, test_id),
+        judged_before=count_challengers_before(config.ledger, config.run_id, None),
     )
     curves = models.load_curves(config.model_dir)
     html = page.render_html(content, manifest=manifest, model=model, curves=curves, counts=counts)
     for name, text in (
-        ("per_class.csv", report.per_class_csv(content)),
-        ("confusion_matrix.csv", report.confusion_matrix_csv(content)),
-        ("report.html", html),
-        (UNPUBLISHED, report.report_json(content)),
+        (CLASSES_FILE, report.per_class_csv(content)),
+        (CONFUSION_FILE, report.confusion_matrix_csv(content)),
+        (PAGE_FILE, html),
+        (REPORT_FILE, report.report_json(content)),
     ):
-        storage.write_atomic(config.report_dir / name, text)
+        storage.write_atomic(directory / name, text)
+    return content
 
 
-def count_challengers_before(file: Path | None, run_id: str | None, test_id: str) -> int | None:
-    """How many models of other runs the same rows have judged; None where no ledger is given."""
+def count_challengers_before(
+    file: Place | None, run_id: str | None, test_id: str | None
+) -> int | None:
+    """How many models of other runs were judged, by these rows or, for None, by any.
+
+    Returns:
+        None where no ledger is given.
+    """
     if file is None:
         return None
     others = [line for line in ledger.read_json(file) if line.get("run_id") != run_id]
-    return ledger.challengers_before(others, test_id)
+    return ledger.count_judged(others, test_id)
 
 
 def execute(config: EvaluateConfig) -> int:
@@ -201,39 +250,94 @@ def execute(config: EvaluateConfig) -> int:
     if not manifest.splits[config.split].num_examples:
         raise InputError(f"{config.dataset_dir}: the {config.split} split is empty")
     page.require_page_libraries()
+    require_only_ours(config.report_dir)
+    if config.dry_run:
+        show(json.dumps(plan(config, manifest), indent=2))
+        return command.DONE
     storage.require_writable(config.report_dir)
-    for name in (REPORT_FILE, UNPUBLISHED):  # which mark a complete report
-        (config.report_dir / name).unlink(missing_ok=True)
     size = manifest.splits[config.split].num_examples
-    log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
-    with place_of_predictions(config) as predictions_dir:
-        job = Job(config=config, manifest=manifest, predictions_dir=predictions_dir)
+    with storage.published_whole(
+        config.report_dir,
+        replace=True,
+        last=REPORT_FILE,
+        resume=runners.is_dataflow(config.beam_arguments),
+        # An evaluation that fails leaves no report of another model in its place.
+        cleared=OURS,
+    ) as staging:
+        log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
+        job = Job(config=config, manifest=manifest, directory=staging)
         runners.run(
-            runners.beam_options(config.beam_arguments), lambda root: build(root, job), "evaluate"
+            runners.beam_options(config.beam_arguments),
+            lambda root: build(root, job),
+            "evaluate",
+            work_of(config, manifest, staging),
         )
-    (config.report_dir / UNPUBLISHED).replace(config.report_dir / REPORT_FILE)
-    content = json.loads((config.report_dir / REPORT_FILE).read_text())
+        # Here, and not in the graph: what draws the page need not be installed on the workers.
+        content = write_report(read_tally(staging), config, manifest, staging)
     show(report.text_table(content))
     show(f"{report.title(manifest)}: {config.split} accuracy {content['accuracy']:.4f}")
-    html = config.report_dir / "report.html"
+    html = config.report_dir / PAGE_FILE
     show(f"report: {html} ({html.stat().st_size / 1000:,.0f} kB)")
     return command.DONE
 
 
-@contextlib.contextmanager
-def place_of_predictions(config: EvaluateConfig) -> Iterator[Path | None]:
-    """Yields where predictions go, if they are saved, and publishes them in the end.
+def plan(config: EvaluateConfig, manifest: Manifest) -> dict[str, Any]:
+    """What the command would read, write, and send to a service; does none of it."""
+    from pipeline.predictions import file_name
 
-    Those of an earlier report do not stay beside this one.
+    job = Job(config=config, manifest=manifest, directory=config.report_dir)
+    options = runners.beam_options(config.beam_arguments)
+    work = work_of(config, manifest, config.report_dir)
+    sent = runners.request(options, lambda root: build(root, job), work)
+    split = manifest.splits[config.split]
+    count = len(split.shards)
+    predictions = [f"{PREDICTIONS}/{file_name(shard, count)}" for shard in range(count)]
+    return {
+        "runner": options.get_all_options()["runner"],
+        "reads": {
+            "models": [str(folder) for folder in (config.model_dir, *config.others)],
+            "dataset": str(config.dataset_dir),
+            "images": split.num_examples,
+            "files": [shard.file for shard in split.shards],
+        },
+        "writes": {
+            "folder": str(config.report_dir),
+            "files": [
+                *(predictions if config.save_predictions else []),
+                *(CLASSES_FILE, CONFUSION_FILE, PAGE_FILE, REPORT_FILE),
+            ],
+        },
+    } | sent
+
+
+def work_of(config: EvaluateConfig, manifest: Manifest, folder: Place) -> runners.Work:
+    """What the graph is run for; the workers' part of it is told by models and rows."""
+    folders = (config.model_dir, *config.others)
+    asked = {
+        "dataset": [str(config.dataset_dir), manifest.dataset_id, config.split],
+        "models": [[str(each), models.load_description(each)] for each in folders],
+        "predictions": config.save_predictions,
+    }
+    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+    return runners.Work(stage=STAGE, output=config.report_dir, folder=folder, identity=identity)
+
+
+def require_only_ours(directory: Place) -> None:
+    """Makes sure that a folder, which is to be replaced, holds nothing but a report.
+
+    Raises:
+        OccupiedError: it holds something else, or is a file.
     """
-    final = config.report_dir / PREDICTIONS
-    storage.recover(final)
-    if config.save_predictions:
-        with storage.published_whole(final, replace=True) as staging:
-            yield staging
-    else:
-        storage.remove(final)
-        yield None
+    if directory.is_file():
+        raise storage.OccupiedError(f"{directory}: is a file; expected a folder")
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name not in OURS:
+            raise storage.OccupiedError(
+                f"{directory}: holds {path.name}, which is no part of a report; expected a folder"
+                " of its own, which is replaced as a whole"
+            )
 
 
 def main() -> None:
@@ -242,4 +346,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By the name that workers can import it by: what is pickled of `__main__` goes by value.
+    from pipeline import evaluate
+
+    evaluate.main()

@@ -12,12 +12,15 @@ import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler
 
-from pipeline import command
+from pipeline import cache, checksums, command, models
 from pipeline.arrays import read_arrays
 from pipeline.command import InputError
 from pipeline.dataset import IMAGE_SHAPE, Shard
 from pipeline.models import OUTPUT, SIGNATURE, other_classes
+from pipeline.records import weights_sha256
+from pipeline.storage import Place, place
 from pipeline.tally import RecordBlock, ScoredBlock, Tally, tally, zero_tally
+from pipeline.versions import VERSION_FILE, parse_version
 
 # The last bits of a row's answer depend on the size of the batch it is in. Blocks are therefore
 # cut by position in the shard and padded to one size: a report does not depend on the runner.
@@ -31,10 +34,57 @@ def read_blocks(numbered: tuple[int, Shard], directory: str) -> Iterator[RecordB
         InputError: the file is damaged or is not what the manifest says.
     """
     number, shard = numbered
-    pixels, labels, ids = read_arrays(Path(directory), shard)
+    pixels, labels, ids = read_arrays(place(directory), shard)
     for first in range(0, len(ids), ROWS_PER_BLOCK):
         rows = slice(first, first + ROWS_PER_BLOCK)
         yield RecordBlock(number, first, pixels[rows], labels[rows], ids[rows])
+
+
+def load_checked(folder: Place) -> Any:
+    """Loads an exported model, held to what its folder says of its files and weights.
+
+    Raises:
+        InputError: it is damaged, or is not the model that its description names.
+    """
+    with command.quiet_import():
+        import tensorflow as tf
+    with cache.local(folder) as directory:
+        _require_as_published(folder, directory)
+        try:
+            model = tf.saved_model.load(str(directory))
+        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+            said = str(error).splitlines()[0].replace(str(directory), str(folder))
+            raise InputError(f"{folder}: cannot be loaded as a SavedModel: {said}") from None
+        # A model from elsewhere may say nothing of itself, or keep its weights in another way.
+        says = directory / models.MODEL_FILE
+        noted = models.load_description(directory).get("weights_sha256") if says.is_file() else None
+    weights = getattr(model, "weights", None)
+    if isinstance(noted, str) and isinstance(weights, Sequence):
+        found = weights_sha256([weight.numpy() for weight in weights])
+        if found != noted:
+            raise InputError(f"{folder}: its weights are not those that its {says.name} names")
+    return model
+
+
+def _require_as_published(folder: Place, directory: Path) -> None:
+    """Compares a promoted model with what was noted of its files.
+
+    Args:
+        folder: as the user names it.
+        directory: where its files are here.
+
+    Raises:
+        InputError: one is missing, or has another size or checksum.
+    """
+    try:
+        noted = parse_version((directory / VERSION_FILE).read_text())
+    except FileNotFoundError:
+        return  # the export of a run
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / VERSION_FILE}: cannot be read as a version: {error}") from None
+    problems = checksums.deep_damage(directory, noted.files, besides=[VERSION_FILE])
+    if problems:
+        raise InputError(problems[0].replace(str(directory), str(folder)))
 
 
 class Loaded(list):
@@ -47,7 +97,7 @@ class SavedModelsHandler(ModelHandler):
     Each element is a block of its own batch already, so nothing is batched further.
     """
 
-    def __init__(self, model_dirs: Sequence[Path], num_classes: int) -> None:
+    def __init__(self, model_dirs: Sequence[Place], num_classes: int) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
         self._model_dirs = [str(folder) for folder in model_dirs]
         self._num_classes = num_classes
@@ -58,16 +108,7 @@ class SavedModelsHandler(ModelHandler):
         Raises:
             InputError: one cannot be loaded.
         """
-        with command.quiet_import():
-            import tensorflow as tf
-        loaded = Loaded()
-        for folder in self._model_dirs:
-            try:
-                loaded.append(tf.saved_model.load(folder))
-            except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
-                said = str(error).splitlines()[0]
-                raise InputError(f"{folder}: cannot be loaded as a SavedModel: {said}") from None
-        return loaded
+        return Loaded(load_checked(place(folder)) for folder in self._model_dirs)
 
     def run_inference(
         self,
@@ -133,7 +174,7 @@ class ReadRecords(beam.PTransform):
     """Reads the records of some shards, a block at a time."""
 
     shards: Sequence[Shard]
-    directory: Path
+    directory: Place
 
     def expand(self, root: beam.Pipeline) -> beam.PCollection[RecordBlock]:
         """Shards, spread over the workers -> RecordBlock."""

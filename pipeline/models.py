@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.command import InputError
 from pipeline.records import read_varint
+from pipeline.storage import Place
 
 MODEL_FILE = "model.json"
 GRAPH_FILE = "saved_model.pb"
@@ -18,7 +18,7 @@ SIGNATURE = "serving_default"
 OUTPUT = "probabilities"
 
 
-def load_description(model_dir: Path) -> dict[str, Any]:
+def load_description(model_dir: Place) -> dict[str, Any]:
     """Reads ``model.json`` of an exported model.
 
     Raises:
@@ -38,7 +38,7 @@ def load_description(model_dir: Path) -> dict[str, Any]:
     return description
 
 
-def load_curves(model_dir: Path) -> list[dict[str, Any]]:
+def load_curves(model_dir: Place) -> list[dict[str, Any]]:
     """Reads the training's ``metrics.jsonl``; a model from elsewhere may have none.
 
     Raises:
@@ -53,7 +53,7 @@ def load_curves(model_dir: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: not a file of one JSON object a line") from None
 
 
-def require_scorable(model_dir: Path, class_names: Sequence[str]) -> None:
+def require_scorable(model_dir: Place, class_names: Sequence[str]) -> None:
     """Makes sure that a model is one that answers with the classes of a dataset.
 
     Args:
@@ -80,12 +80,12 @@ def require_scorable(model_dir: Path, class_names: Sequence[str]) -> None:
             )
 
 
-def other_classes(model_dir: Path | str, found: int, expected: int) -> InputError:
+def other_classes(model_dir: Place | str, found: int, expected: int) -> InputError:
     """What is said of a model of another number of classes."""
     return InputError(f"{model_dir}: answers with {found} classes, the dataset has {expected}")
 
 
-def classes_answered(model_dir: Path) -> int | None:
+def classes_answered(model_dir: Place) -> int | None:
     """How many classes a SavedModel answers with; None where its signature leaves that open.
 
     The numbers of the fields are those of TensorFlow's ``saved_model.proto``,

@@ -65,6 +65,7 @@ class PreprocessConfig:
     Attributes:
         max_quarantined: the largest share of all rows that may be set aside.
         overwrite: whether another dataset in the folder is replaced.
+        dry_run: whether to print what would be done, and do nothing.
     """
 
     sources: tuple[str, ...]
@@ -79,6 +80,7 @@ class PreprocessConfig:
     drop_leaks: bool = False
     max_quarantined: float = 0.01
     overwrite: bool = False
+    dry_run: bool = False
     beam_arguments: tuple[str, ...] = ()
 
 
@@ -124,8 +126,13 @@ def dataset_arguments(config: PreprocessConfig) -> list[str]:
 
 
 def open_sources_of(config: PreprocessConfig) -> Source:
-    """Opens the sources as the flags say."""
-    return open_sources(config.sources, num_classes=config.num_classes, resize=config.resize)
+    """Opens the sources as the flags say; a dry run shares nothing with others."""
+    return open_sources(
+        config.sources,
+        num_classes=config.num_classes,
+        resize=config.resize,
+        share=not config.dry_run,
+    )
 
 
 def splitter_of(config: PreprocessConfig, source: Source) -> Splitter:

@@ -59,7 +59,7 @@ def render_html(
         report=report,
         names=names,
         leak=panels.leak(leaked_images(manifest), report["split"]),
-        reuse=panels.reuse(report.get("challengers_before")),
+        reuse=panels.reuse(report.get("challengers_before"), report.get("judged_before")),
         scale=panels.scale(row["ci95"] for row in report["per_class"]),
         detailed=all("log_loss" in row for row in report["per_class"]),
         models=models,

@@ -13,17 +13,20 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import command, existing, runners, storage
-from pipeline.command import InputError, log
+from pipeline.command import InputError, log, show
 from pipeline.dataset import (
     MANIFEST_NAME,
     METRICS_NAME,
+    QUARANTINE_NAME,
+    RECORDS_NAME,
     SPLITS,
     Manifest,
     load_manifest,
     manifest_json,
+    shard_name,
 )
 from pipeline.options import (
     PreprocessConfig,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from pipeline.shards import ShardOptions, WrittenShards
 
 PROG = "pipeline.preprocess"
+STAGE = "preprocess"
 PROGRESS_SECONDS = 10.0
 
 
@@ -125,19 +129,31 @@ def parse(argv: list[str]) -> PreprocessConfig:
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="a folder, or gs://")
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done")
     add_flags(parser)
-    flags, beam_arguments = runners.parse_known_args(parser, argv)
-    return config_from(
+    flags, beam_arguments = runners.parse_known_args(
+        parser,
+        argv,
+        lambda flags: [
+            *(("--source", spec) for spec in flags.source),
+            ("--output_dir", flags.output_dir),
+        ],
+    )
+    config = config_from(
         flags,
         output_dir=storage.folder(flags.output_dir, buckets=True),
         beam_arguments=beam_arguments,
     )
+    return dataclasses.replace(config, dry_run=flags.dry_run)
 
 
 def execute(config: PreprocessConfig) -> int:
     """Runs the stage; does nothing where its result already stands."""
     source = open_sources_of(config)
     identity = fingerprint(config, source)
+    if config.dry_run:
+        show(json.dumps(plan(config, source, identity), indent=2))
+        return command.DONE
     storage.recover(config.output_dir)
     if not existing.is_there(config, identity):
         try:
@@ -150,32 +166,68 @@ def execute(config: PreprocessConfig) -> int:
     return command.DONE
 
 
+def plan(config: PreprocessConfig, source: Source, identity: str) -> dict[str, Any]:
+    """What the command would read, write, and send to a service; does none of it."""
+    _require_examples(source.part_sizes)
+    job = make_job(config, source, config.output_dir)
+    work = runners.Work(stage=STAGE, output=config.output_dir)
+    options = runners.beam_options(config.beam_arguments)
+    sent = runners.request(options, lambda root: build(root, job), work)
+    files = [
+        shard_name(split, index, config.num_shards, config.compression)
+        for split in SPLITS
+        for index in range(config.num_shards)
+    ]
+    return {
+        "already_there": existing.is_there(config, identity),
+        "runner": options.get_all_options()["runner"],
+        "reads": {"sources": source.specs, "images": source.part_sizes, "in": len(source.blocks())},
+        "writes": {
+            "folder": str(config.output_dir),
+            "files": [*files, f"{QUARANTINE_NAME}/{RECORDS_NAME}", METRICS_NAME, MANIFEST_NAME],
+        },
+    } | sent
+
+
+def make_job(config: PreprocessConfig, source: Source, directory: storage.Place) -> Job:
+    """What the graph is built of."""
+    from pipeline import shards
+
+    return Job(
+        source=source,
+        splitter=splitter_of(config, source),
+        options=shards.ShardOptions(
+            num_shards=config.num_shards,
+            compression=config.compression,
+            drop_leaks=config.drop_leaks,
+        ),
+        directory=directory,
+    )
+
+
 def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
     """Makes the dataset."""
-    from pipeline import shards, transforms
+    from pipeline import transforms
 
     _require_examples(source.part_sizes)  # before the work; after it again, as rows are set aside
     if config.overwrite:
         existing.require_only_ours(config.output_dir)
     with storage.published_whole(
-        config.output_dir, replace=config.overwrite, last=MANIFEST_NAME
+        config.output_dir,
+        replace=config.overwrite,
+        last=MANIFEST_NAME,
+        resume=runners.is_dataflow(config.beam_arguments),
     ) as staging:
         log.info("reading %s", source.describe()["title"])
-        job = Job(
-            source=source,
-            splitter=splitter_of(config, source),
-            options=shards.ShardOptions(
-                num_shards=config.num_shards,
-                compression=config.compression,
-                drop_leaks=config.drop_leaks,
-            ),
-            directory=staging,
-        )
+        job = make_job(config, source, staging)
         with progress_lines(transforms.done_here):
             metrics = runners.run(
                 runners.beam_options(config.beam_arguments),
                 lambda root: build(root, job),
                 transforms.NAMESPACE,
+                runners.Work(
+                    stage=STAGE, output=config.output_dir, folder=staging, identity=identity
+                ),
             )
         require_unchanged(config, source, identity)
         manifest = load_manifest(staging)
@@ -281,4 +333,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By the name that workers can import it by: what is pickled of `__main__` goes by value.
+    from pipeline import preprocess
+
+    preprocess.main()

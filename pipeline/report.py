@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import drift, slices
+from pipeline import command, drift, slices
 from pipeline.dataset import Manifest
 from pipeline.metrics import (
     PAIRED,
@@ -69,6 +69,7 @@ def build_report(
     histograms: dict[str, Any] | None = None,
     test_id: str | None = None,
     challengers_before: int | None = None,
+    judged_before: int | None = None,
 ) -> dict[str, Any]:
     """Computes the content of ``report.json``.
 
@@ -82,6 +83,7 @@ def build_report(
         histograms: of each split, as `drift.load_histograms` reads them.
         test_id: `tally.make_test_id` of the rows.
         challengers_before: how many models the same rows have judged before, if that is known.
+        judged_before: how many models any rows have judged, in the same root.
     """
     names = [_printable(name) for name in manifest.class_names]
     data = drift.data_of(manifest, histograms or {})
@@ -91,6 +93,7 @@ def build_report(
         "split": split,
         "test_id": test_id,
         "challengers_before": challengers_before,
+        "judged_before": judged_before,
         "num_examples": counts.num_examples,
         **_overall(counts),
         "per_class": _per_class(counts, names),
@@ -298,16 +301,11 @@ def text_table(report: dict[str, Any]) -> str:
     ]
     total = (report["num_examples"], report["correct"], report["accuracy_ci95"])
     overall = (*_text_cells("all", *total), "", "", "")
-    widths = [max(map(len, column)) for column in zip(header, *rows, overall, strict=True)]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-
-    def line(row: Sequence[str]) -> str:
-        numbers = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
-
+    heading, *lines, last = command.aligned([header, *rows, overall])
+    rule = "-" * len(heading)
     compared = [_side_by_side(report["baseline"], "the baseline")] if report["baseline"] else []
     compared += [_side_by_side(other, "model") for other in report["others"]]
-    return "\n".join([line(header), rule, *map(line, rows), rule, line(overall), *compared]) + "\n"
+    return "\n".join([heading, rule, *lines, rule, last, *compared]) + "\n"
 
 
 def _side_by_side(other: dict[str, Any], what: str) -> str:

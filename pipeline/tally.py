@@ -1,6 +1,7 @@
 """What a pass over a split adds up to, for one model or several: counts, and pairs of models.
 
-Like `pipeline.metrics.Counts`, of which it is made, a tally is merged exactly, in any order.
+Like `pipeline.metrics.Counts`, of which it is made, a tally is merged exactly, in any order, and
+`tally_json` keeps every bit of it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.dataset import ID_LENGTH, Shard
 from pipeline.metrics import PAIRED, Counts, count, pair, zero_counts
+from pipeline.shown import ScoredImage
 
 SUMS = 1 << 256  # sums of hashes are kept modulo this
+# The fields of Counts that are arrays, and those that are images.
+TABLES = ("confusion", "bins", "levels")
+IMAGES = ("mistakes", "uncertain", "samples")
 NAMED_STRETCHES = 4  # of a shard, where not every record was read once
 
 
@@ -107,6 +112,49 @@ def tally(scored: ScoredBlock) -> Tally:
         ),
         paired=tuple(pair(block.labels, answers[0], other) for other in answers[1:]),
     )
+
+
+def tally_json(total: Tally) -> str:
+    """A tally as text, which `parse_tally` reads back."""
+    return json.dumps(
+        {
+            "read": total.read,
+            "rows": total.rows,
+            "models": [_plain(counts) for counts in total.models],
+            "paired": [table.tolist() for table in total.paired],
+        }
+    )
+
+
+def parse_tally(text: str) -> Tally:
+    """Reads `tally_json` back."""
+    raw = json.loads(text)
+    return Tally(
+        read=tuple((shard, first, end) for shard, first, end in raw["read"]),
+        rows=raw["rows"],
+        models=tuple(_counts(each) for each in raw["models"]),
+        paired=tuple(np.array(table, np.int64) for table in raw["paired"]),
+    )
+
+
+def _plain(counts: Counts) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(Counts):
+        value = getattr(counts, field.name)
+        if field.name in IMAGES:
+            value = [(*image[:3], image[3].hex(), image[4].hex()) for image in value]
+        plain[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+    return plain
+
+
+def _counts(plain: dict[str, Any]) -> Counts:
+    fields: dict[str, Any] = {name: np.array(plain[name], np.int64) for name in TABLES}
+    for name in IMAGES:
+        fields[name] = tuple(
+            ScoredImage(id_, label, predicted, bytes.fromhex(probabilities), bytes.fromhex(pixels))
+            for id_, label, predicted, probabilities, pixels in plain[name]
+        )
+    return Counts(log_loss_sums=tuple(plain["log_loss_sums"]), **fields)
 
 
 def sum_rows(ids: Sequence[str], labels: Sequence[int]) -> int:

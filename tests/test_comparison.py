@@ -153,11 +153,14 @@ def test_diff(tmp_path, monkeypatch, capsys):
     assert sorted(lines[8:10]) == [["cat", "->", "dog", "1"], ["dog", "->", "cat", "1"]]
     drift = {line[0]: line[1:] for line in lines[11:15]}
     assert drift["drift"] == ["classes", "pixels", "mean", "A", "mean", "B"]
-    # Classes cat 2/4 and dog 2/4 become ant 1/4, cat 2/4, dog 1/4: a quarter has moved. Of the
-    # four levels two are the same. Means (0+51+102+153)/4/255 and (0+51+7+8)/4/255.
-    assert drift["train"] == ["0.2500", "0.5000", "0.3000", "0.0647"]
-    # dog 1/1 becomes dog 1/2 and cat 1/2; 204 alone becomes 153 and 204.
-    assert drift["validation"] == ["0.5000", "0.5000", "0.8000", "0.7000"]
+    # Classes cat 2/4 and dog 2/4 become ant 1/4, cat 2/4, dog 1/4: of their entropies in bits,
+    # 1 and 3/2, the mean is taken from that of ant 1/8, cat 4/8, dog 3/8, which is
+    # 1/8 log 8 + 1/2 log 2 + 3/8 log 8/3 = 1.4056. Of the four levels two are the same, and so
+    # half of what there is. Means (0+51+102+153)/4/255 and (0+51+7+8)/4/255.
+    assert drift["train"] == ["0.1556", "0.5000", "0.3000", "0.0647"]
+    # dog 1/1 becomes dog 1/2 and cat 1/2, with entropies 0 and 1, of dog 3/4 and cat 1/4 0.8113;
+    # 204 alone becomes 153 and 204.
+    assert drift["validation"] == ["0.3113", "0.3113", "0.8000", "0.7000"]
     assert drift["test"] == ["0.0000", "0.0000", "0.5020", "0.5020"]
 
 
@@ -181,21 +184,6 @@ def test_no_difference(small_dataset, small_idx, tmp_path):
     assert [line[1] for line in found[3:7]] == ["0"] * 4
     assert all(line[1:3] == ["0.0000", "0.0000"] for line in found[9:12])
     assert [line[0] for line in found[9:12]] == list(SPLITS)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        ([1, 1], [1, 1], 0.0),
-        ([1, 1], [5, 5], 0.0),
-        ([1, 0], [0, 3], 1.0),
-        ([3, 1], [1, 3], 0.5),
-        ([0, 0], [1, 1], None),
-        ([1, 1], [0, 0], None),
-    ],
-)
-def test_distance(one, other, expected):
-    assert comparison.distance(np.array(one), np.array(other)) == expected
 
 
 # Many records
@@ -343,13 +331,13 @@ def test_memory_of_a_comparison():
     assert peak / (2 * size) < 80
 
 
-def test_ids_that_are_none_are_told_in_one_line(tmp_path, monkeypatch, capfd):
+def test_ids_that_are_none_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     hand_made(tmp_path / "set", {"train": [(0, "a")], "test": [(1, "b")]}, ("a", "b"))
     shard = load_manifest(tmp_path / "set").splits["train"].shards[0]
     record = codec.read_records(tmp_path / "set", shard)[0]
     monkeypatch.setattr(codec, "decode_record", lambda _: record._replace(id="zz"))
     for action in (["describe", tmp_path / "set"], ["diff", *[tmp_path / "set"] * 2]):
         assert run(monkeypatch, *action) == 2
-        out, err = capfd.readouterr()
+        out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         assert f"{shard.file}: an id is not a hash and the number of a copy" in err

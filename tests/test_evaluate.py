@@ -1,6 +1,7 @@
 """Stage 3 with a tiny SavedModel, written here, whose answers can be computed by hand."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -19,11 +20,27 @@ from pipeline.records import read_records
 def export_model(tmp_path_factory):
     """Makes the folder of a model that knows only a weight matrix [784, C]."""
 
-    def make(seed, num_classes=10, scale=0.1):
-        folder = tmp_path_factory.mktemp(f"model{seed}")
+    @functools.cache
+    def made(seed, num_classes, scale):
+        folder = tmp_path_factory.mktemp("made")
         return export_linear_model(folder, seed, num_classes=num_classes, scale=scale)
 
+    def make(seed, num_classes=10, scale=0.1):
+        folder = tmp_path_factory.mktemp(f"model{seed}") / "model"
+        return shutil.copytree(made(seed, num_classes, scale), folder)
+
     return make
+
+
+@pytest.fixture(scope="module")
+def alone(export_model, small_dataset, tmp_path_factory):
+    """Gives the report of a model of this seed, evaluated without any other, once."""
+
+    @functools.cache
+    def of(seed):
+        return run(export_model(seed), small_dataset, tmp_path_factory.mktemp("alone"))
+
+    return of
 
 
 def run(model, dataset, report, **options):
@@ -74,28 +91,22 @@ def test_files_and_another_split(export_model, small_dataset, tmp_path):
     ]  # fmt: skip
 
 
-def test_baseline_is_scored_on_the_same_rows(export_model, small_dataset, tmp_path):
-    one, other = export_model(1), export_model(2)
-    report = run(one, small_dataset, tmp_path / "a", baseline_dir=other)
-    alone = run(other, small_dataset, tmp_path / "b")
-    assert report["baseline"]["model_id"] == "m2"
-    assert report["baseline"]["correct"] == alone["correct"]
-    assert report["correct"] != alone["correct"]
-
-
 def test_the_same_rows_in_other_files_are_the_same_test_set(
-    export_model, small_idx, small_dataset, tmp_path
+    export_model, alone, small_idx, small_dataset, tmp_path
 ):
     other = tmp_path / "other"
     flags = options.PreprocessConfig(sources=(f"idx:{small_idx}",), output_dir=other, num_shards=2)
     assert preprocess.execute(flags) == 0
     model, ledger = export_model(1), tmp_path / "runs.jsonl"
-    first = run(model, small_dataset, tmp_path / "a", ledger=ledger, run_id="r")
-    assert (len(first["test_id"]), first["challengers_before"]) == (32, 0)
-    judged = {"outcome": "kept", "test_id": first["test_id"]}
+    first = alone(1)
+    assert (len(first["test_id"]), first["challengers_before"]) == (32, None)
+    assert first["judged_before"] is None
+    assert evaluate.count_challengers_before(ledger, "r", first["test_id"]) == 0  # none yet
+    judged = {"outcome": "kept", "test_id": first["test_id"], "run_id": "p", "model_id": "1"}
     lines = [
-        judged | {"run_id": "p"}, judged | {"run_id": "q"}, judged | {"run_id": "r"},
-        judged | {"run_id": "s", "test_id": "another"},
+        judged, judged | {"outcome": "promoted"}, judged | {"run_id": "q", "model_id": "2"},
+        judged | {"run_id": "r", "model_id": "3"},
+        judged | {"run_id": "s", "model_id": "4", "test_id": "another"},
         judged | {"run_id": "t", "outcome": "failed"},
     ]  # fmt: skip
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -103,10 +114,11 @@ def test_the_same_rows_in_other_files_are_the_same_test_set(
     assert again["dataset_id"] != first["dataset_id"]
     assert (again["test_id"], again["challengers_before"]) == (first["test_id"], 2)
     other_rows = run(model, other, tmp_path / "b", split="validation", ledger=ledger, run_id="r")
+    assert (again["judged_before"], other_rows["judged_before"]) == (3, 3)
     assert other_rows["challengers_before"] == 0
 
 
-def test_models_in_one_pass_are_as_each_alone(export_model, small_dataset, tmp_path):
+def test_models_in_one_pass_are_as_each_alone(export_model, alone, small_dataset, tmp_path):
     one, two, three = (export_model(seed) for seed in (1, 2, 3))
     report = run(
         one,
@@ -116,15 +128,12 @@ def test_models_in_one_pass_are_as_each_alone(export_model, small_dataset, tmp_p
         compare_dirs=(three, one),
     )
     assert (report["challengers_before"], len(report["others"])) == (None, 2)
-    for model, found in (
-        (two, report["baseline"]),
-        *zip((three, one), report["others"], strict=True),
-    ):
-        alone = run(model, small_dataset, tmp_path / "b")
+    assert report["correct"] == alone(1)["correct"] != alone(2)["correct"]
+    for seed, found in ((2, report["baseline"]), *zip((3, 1), report["others"], strict=True)):
         for key in ("model_id", "correct", "accuracy_ci95", "log_loss", "calibration_error"):
-            assert found[key] == alone[key]
-        assert found["per_class"] == alone["per_class"]
-        assert found["slices"] == alone["slices"]
+            assert found[key] == alone(seed)[key]
+        assert found["per_class"] == alone(seed)["per_class"]
+        assert found["slices"] == alone(seed)["slices"]
     labels, ours = by_hand(one, small_dataset, "test")
     _, theirs = by_hand(two, small_dataset, "test")
     for row in report["baseline"]["paired"]:
@@ -160,39 +169,11 @@ def test_a_dataset_without_statistics(export_model, small_dataset, tmp_path):
         assert sum(row["support"] for row in report["slices"][measure]) == 120
 
 
-WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
-
-
-@pytest.fixture(scope="module")
-def compared(export_model, small_dataset, tmp_path_factory):
-    """Flags of an evaluation of three models, and its files."""
-    report = tmp_path_factory.mktemp("compared") / "report"
-    one, two, three = (export_model(seed) for seed in (1, 2, 3))
-    run(
-        one,
-        small_dataset,
-        report,
-        baseline_dir=two,
-        compare_dirs=(three,),
-        save_predictions=True,
-    )
-    flags = [
-        *("--model_dir", one, "--baseline_dir", two, "--compare_dir", three),
-        *("--dataset_dir", small_dataset, "--save_predictions"),
-    ]
-    return flags, tree(report)
-
-
-def test_the_same_bytes_from_several_processes(compared, tmp_path):
-    flags, files = compared
-    done = run_cli("pipeline.evaluate", *flags, "--report_dir", tmp_path / "b", *WORKERS)
-    assert done.returncode == 0, done.stderr
-    assert tree(tmp_path / "b") == files
+def test_saved_predictions_are_the_models(export_model, small_dataset, tmp_path):
+    others = {"baseline_dir": export_model(2), "compare_dirs": (export_model(3),)}
+    run(export_model(1), small_dataset, tmp_path, save_predictions=True, **others)
+    files = tree(tmp_path)
     assert len(files) == 4 + 3
-
-
-def test_saved_predictions_are_the_models(compared, export_model, small_dataset):
-    _, files = compared
     lines = []
     for index, shard in enumerate(load_manifest(small_dataset).splits["test"].shards):
         text = files[f"predictions/predictions-0000{index}-of-00003.jsonl"]

@@ -247,10 +247,10 @@ def test_verify_finds(folder, monkeypatch, capsys, spoil, expected):
     ids=["other id", "other classes", "no splits", "half", "none", "no folder"],
 )
 @pytest.mark.parametrize("action", ["verify", "describe", "diff"])
-def test_without_a_valid_manifest_there_is_one_line(folder, monkeypatch, capfd, action, spoil):
+def test_without_a_valid_manifest_there_is_one_line(folder, monkeypatch, capsys, action, spoil):
     spoil(folder)
     assert run(monkeypatch, action, *[folder] * (1 + (action == "diff"))) == 2
-    out, err = capfd.readouterr()
+    out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"python -m pipeline.dataset: error: {folder}")
 
@@ -435,13 +435,13 @@ def test_records_written_anew_are_whole(folder):
     assert helpers.tree(folder) == before
 
 
-def test_a_label_of_no_class_is_told_in_one_line(folder, small_dataset, monkeypatch, capfd):
+def test_a_label_of_no_class_is_told_in_one_line(folder, small_dataset, monkeypatch, capsys):
     records = list(records_of(folder, "train")[0])
     records[0] = records[0]._replace(label=77)
     rewrite(folder, "train", 0, records)
     for action in (["describe", folder], ["diff", folder, small_dataset]):
         assert run(monkeypatch, *action) == 2
-        out, err = capfd.readouterr()
+        out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         assert "train-00000-of-00003.tfrecord: a label is not below 10" in err
 
@@ -462,9 +462,9 @@ def test_a_label_of_no_class_is_told_in_one_line(folder, small_dataset, monkeypa
         (["describe", ""], "expected a folder, got an empty name"),
     ],
 )
-def test_bad_command_line(monkeypatch, capfd, argv, message):
+def test_bad_command_line(monkeypatch, capsys, argv, message):
     assert run(monkeypatch, *argv) == 2
-    out, err = capfd.readouterr()
+    out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.startswith("python -m pipeline.dataset: error: ") and err.count("\n") == 1
 

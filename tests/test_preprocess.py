@@ -680,7 +680,7 @@ def test_overwriting_a_damaged_dataset(standing, config, small_dataset, name, te
     assert_same_dataset(standing, small_dataset)
 
 
-def test_other_format_says_what_to_do(standing, config, monkeypatch, capfd):
+def test_other_format_says_what_to_do(standing, config, monkeypatch, capsys):
     raw = json.loads((standing / "manifest.json").read_text()) | {"format_version": 2}
     (standing / "manifest.json").write_text(json.dumps(raw))
     before = files_and_times(standing.parent)
@@ -688,7 +688,7 @@ def test_other_format_says_what_to_do(standing, config, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["preprocess", *argv])
     with pytest.raises(SystemExit) as caught:
         preprocess.main()
-    out, err = capfd.readouterr()
+    out, err = capsys.readouterr()
     assert (caught.value.code, out) == (2, "")
     assert err == (
         f"python -m pipeline.preprocess: error: {standing / 'manifest.json'}: format_version is 2,"
@@ -1014,13 +1014,13 @@ def assert_refused(folder, code, stdout, stderr, message):
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_command_line(argv, message, small_idx, tmp_path, monkeypatch, capfd, caplog):
+def test_bad_command_line(argv, message, small_idx, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     argv = in_folder_with_a_file(tmp_path, argv, small_idx)
     monkeypatch.setattr(sys, "argv", ["preprocess", *argv])
     with pytest.raises(SystemExit) as caught:
         preprocess.main()
-    assert_refused(tmp_path, caught.value.code, *capfd.readouterr(), message)
+    assert_refused(tmp_path, caught.value.code, *capsys.readouterr(), message)
     assert caplog.messages == []
 
 

@@ -10,12 +10,13 @@ import threading
 import tracemalloc
 
 import helpers
+import memory_bucket
 import numpy as np
 import pytest
 import requests
 
 from benchmarks.preprocess import lay_out_downloads
-from pipeline import options, preprocess
+from pipeline import gcs, options, preprocess, retrain
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
 from pipeline.records import image_ids
@@ -89,7 +90,12 @@ def test_ranges(sizes, size, expected):
         ("idx:", "expected something after the colon"),
         ("tfds:", "expected something after the colon"),
         ("digits:8", "--source digits:8: digits takes no argument"),
-        ("idx:gs://bucket/x", "idx:gs://bucket/x: sources are read from local folders"),
+        ("idx:http://x/y", "idx:http://x/y: expected a local folder or gs://bucket/folder"),
+        ("images:https://x", "images:https://x: expected a local folder or gs://bucket/folder"),
+        ("idx:/x/gs://bucket", "expected a local folder or gs://bucket/folder"),
+        ("tfds:gs://bucket/mnist", "--source tfds:gs://bucket/mnist: expected a name"),
+        ("idx:gs://x", "gs://x: expected gs://bucket/path, with the name of a bucket"),
+        ("images:gs://bucket/a//b", "gs://bucket/a//b: has an empty part"),
         ("idx:/no/such/folder", "--source idx:/no/such/folder: no such folder"),
         ("idx:" + "x" * 300, "cannot be read: File name too long"),
     ],
@@ -414,7 +420,8 @@ def own_set(library, tmp_path, monkeypatch):
                 for i, (image, label) in enumerate(zip(*data[part], strict=True)):
                     yield i, {"image": image.reshape(shape), key: label}
 
-        monkeypatch.setattr(library, "builder", lambda _: SmallSet(data_dir=str(tmp_path / "own")))
+        own = str(tmp_path / "own")
+        monkeypatch.setattr(library, "builder", lambda _, data_dir=own: SmallSet(data_dir=data_dir))
         return "small_set"
 
     return make
@@ -442,6 +449,24 @@ def assert_same_images(found, data):
         assert collections.Counter(expected) == collections.Counter(
             zip(image_ids(pixels), got.tolist(), strict=True)
         )
+
+
+@pytest.mark.parametrize("program", [retrain, preprocess])
+def test_a_dry_run_publishes_no_set(program, own_set, tmp_path, monkeypatch, capsys):
+    memory = memory_bucket.Bucket()
+    monkeypatch.setattr(gcs, "bucket", lambda name: memory)
+    monkeypatch.setenv(tfds.VARIABLE, "gs://bucket/tfds")
+    spec = f"tfds:{own_set(data=helpers.make_images())}"
+    flag = "--root" if program is retrain else "--output_dir"
+    argv = [f"{flag}={tmp_path / 'out'}", f"--source={spec}"]
+    assert program.execute(program.parse([*argv, "--dry_run"])) == 0
+    assert spec in capsys.readouterr().out
+    assert memory.objects == {} and not (tmp_path / "out").exists()
+    described = open_sources([spec], share=False)
+    assert memory.objects == {}
+    assert open_sources([spec]) == described  # which is published, and by a dry run the same
+    assert f"tfds/small_set/1.0.0/{tfds.INFO_FILE}" in memory.objects
+    assert open_sources([spec], share=False) == described
 
 
 def test_tfds_and_idx_make_the_same_dataset(own_set, small_idx, tmp_path):
@@ -614,6 +639,7 @@ print(source.class_names, source.describe()["name"])
 """
 
 
+@pytest.mark.campaign
 def test_tfds_mnist_from_downloads(mnist_dir, tmp_path):
     lay_out_downloads(mnist_dir, tmp_path / "tfds")
     done = helpers.run_python(
@@ -642,20 +668,20 @@ def lines(caplog):
 
 
 def test_auto_takes_the_variable_first(small_idx, monkeypatch, lines):
-    monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
+    monkeypatch.setattr(tfds, "open_source", lambda _, share: pytest.fail("not asked"))
     source = open_sources(["auto"], environ={"MNIST_IDX_DIR": str(small_idx)})
     assert source == open_sources([f"idx:{small_idx}"])
     assert lines() == [("INFO", f"source auto: MNIST from $MNIST_IDX_DIR, {small_idx}")]
 
 
 def test_auto_does_not_pass_over_a_wrong_variable(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
+    monkeypatch.setattr(tfds, "open_source", lambda _, share: pytest.fail("not asked"))
     with pytest.raises(InputError, match="no train-images-idx3-ubyte"):
         open_sources(["auto"], environ={"MNIST_IDX_DIR": str(tmp_path)})
 
 
 def test_auto_takes_the_number_of_classes_for_idx_files_alone(small_idx, monkeypatch):
-    monkeypatch.setattr(tfds, "open_source", lambda _: pytest.fail("not asked"))
+    monkeypatch.setattr(tfds, "open_source", lambda _, share: pytest.fail("not asked"))
     environ = {"MNIST_IDX_DIR": str(small_idx)}
     assert len(open_sources(["auto"], num_classes=12, environ=environ).class_names) == 12
     with pytest.raises(InputError, match="--num_classes 12: goes with idx: sources alone"):
@@ -665,9 +691,10 @@ def test_auto_takes_the_number_of_classes_for_idx_files_alone(small_idx, monkeyp
 @pytest.mark.parametrize("environ", [{}, {"MNIST_IDX_DIR": ""}], ids=["unset", "empty"])
 def test_auto_asks_tfds_next(monkeypatch, lines, environ):
     asked, opened = [], digits.open_source("")
-    monkeypatch.setattr(tfds, "open_source", lambda name: asked.append(name) or opened)
+    answer = lambda *args, share: asked.append((*args, share)) or opened  # noqa: E731
+    monkeypatch.setattr(tfds, "open_source", answer)
     assert open_sources(["auto"], environ=environ) is opened
-    assert asked == ["mnist"]
+    assert asked == [("mnist", True)]
     assert lines() == [("INFO", "source auto: MNIST from TensorFlow Datasets")]
 
 

@@ -129,3 +129,24 @@ def test_models_are_counted_and_paired_as_by_hand():
     first, *others = total.models
     assert len(first.samples) > 0 and len(first.mistakes) + len(first.uncertain) == 19
     assert all(c.samples == c.mistakes == c.uncertain == () for c in others)
+
+
+def test_as_text_and_back():
+    total = added(blocks())
+    again = tally.parse_tally(tally.tally_json(total))
+    assert (again.read, again.rows) == (total.read, total.rows)
+    for one, other in zip(again.models, total.models, strict=True):
+        for field in dataclasses.fields(one):
+            found, expected = getattr(one, field.name), getattr(other, field.name)
+            np.testing.assert_equal(found, expected)
+            assert type(found) is type(expected)
+            if isinstance(expected, np.ndarray):
+                assert found.dtype == expected.dtype
+    assert len(again.models[0].samples) > 0 and len(again.models[0].mistakes) > 0
+    assert [type(image) for image in again.models[0].samples] == [
+        type(image) for image in total.models[0].samples
+    ]
+    for one, other in zip(again.paired, total.paired, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+    assert tally.tally_json(again) == tally.tally_json(total)

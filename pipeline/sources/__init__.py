@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline import gcs
 from pipeline.command import InputError
 
 KINDS = ("idx", "tfds", "images", "digits")
+IN_FOLDERS = ("idx", "images")
 SYNTAX = "idx:DIR, tfds:NAME, images:DIR, digits or auto"
 
 
@@ -127,7 +129,10 @@ class Source(Protocol):
         """What was read, for the manifest: at least ``kind`` and ``title``; no path, no time."""
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the content may have changed, from names, sizes and times alone."""
+        """What changes when the content may have changed.
+
+        From names, sizes, and modification times or the generations of objects.
+        """
 
     def blocks(self) -> list[Block]:
         """The ranges that cover every row once."""
@@ -157,6 +162,7 @@ def open_sources(
     *,
     num_classes: int | None = None,
     resize: bool = False,
+    share: bool = True,
     environ: Mapping[str, str] = os.environ,
 ) -> Source:
     """Opens the sources named on the command line, as one.
@@ -165,6 +171,8 @@ def open_sources(
         specs: one or several.
         num_classes: fixes the number of classes of ``idx:`` sources.
         resize: whether ``images:`` of other sizes are resized.
+        share: whether what ``tfds:`` had to prepare is published where others read it; if not, it
+            can be described, and not be read.
         environ: where ``auto`` looks.
 
     Raises:
@@ -179,11 +187,16 @@ def open_sources(
     # A source's libraries are loaded only when it is used.
     joined = importlib.import_module("pipeline.sources.joined")
     alone = len(specs) == 1
-    return joined.join([_open(spec, alone, num_classes, resize, environ) for spec in specs])
+    return joined.join([_open(spec, alone, num_classes, resize, share, environ) for spec in specs])
 
 
 def _open(
-    spec: str, alone: bool, num_classes: int | None, resize: bool, environ: Mapping[str, str]
+    spec: str,
+    alone: bool,
+    num_classes: int | None,
+    resize: bool,
+    share: bool,
+    environ: Mapping[str, str],
 ) -> Source:
     kind, _, argument = spec.partition(":")
     if kind not in (*KINDS, "auto"):
@@ -192,13 +205,16 @@ def _open(
         raise InputError(f"--source {spec}: {kind} takes no argument; expected {SYNTAX}")
     if kind not in ("digits", "auto") and not argument:
         raise InputError(f"--source {spec}: expected something after the colon: {SYNTAX}")
-    if "://" in argument:
-        raise InputError(f"--source {spec}: sources are read from local folders; expected one")
+    if "://" in argument and not (kind in IN_FOLDERS and argument.startswith(gcs.SCHEME)):
+        expected = "a local folder or gs://bucket/folder" if kind in IN_FOLDERS else "a name"
+        raise InputError(f"--source {spec}: expected {expected}")
     module = importlib.import_module(f"pipeline.sources.{kind}")
     if kind == "idx":
         return module.open_source(argument, num_classes, alone=alone)
     if kind == "images":
         return module.open_source(argument, resize=resize)
-    return (
-        module.open_source(environ, num_classes) if kind == "auto" else module.open_source(argument)
-    )
+    if kind == "auto":
+        return module.open_source(environ, num_classes, share=share)
+    if kind == "tfds":
+        return module.open_source(argument, share=share)
+    return module.open_source(argument)

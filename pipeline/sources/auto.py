@@ -10,7 +10,9 @@ from pipeline.sources import Source, digits, idx, tfds
 VARIABLE = "MNIST_IDX_DIR"
 
 
-def open_source(environ: Mapping[str, str], num_classes: int | None = None) -> Source:
+def open_source(
+    environ: Mapping[str, str], num_classes: int | None = None, *, share: bool = True
+) -> Source:
     """Opens MNIST from ``$MNIST_IDX_DIR``, else through TFDS, else scikit-learn's digits.
 
     Says which, and why, in one line.
@@ -28,7 +30,7 @@ def open_source(environ: Mapping[str, str], num_classes: int | None = None) -> S
             f"--num_classes {num_classes}: goes with idx: sources alone; ${VARIABLE} is not set"
         )
     try:
-        source = tfds.open_source("mnist")
+        source = tfds.open_source("mnist", share=share)
     except InputError as error:
         log.warning("source auto: MNIST cannot be had (%s); using %s", error, digits.TITLE)
         return digits.open_source("")

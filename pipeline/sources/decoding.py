@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline import reading
 from pipeline.dataset import NUM_PIXELS
+from pipeline.storage import Place
 
 MAX_FILE_BYTES = 1 << 26
 READ_SIZE = 1 << 20
@@ -44,13 +44,12 @@ class BadImageError(Exception):
         self.data = data
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Place) -> bytes:
     """Reads an image file, however large it says it is no more than `MAX_FILE_BYTES`."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
-            raise BadImageError("not a file", b"")
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = reading.read_start(path, MAX_FILE_BYTES + 1)
+    except reading.NotAFileError:
+        raise BadImageError("not a file", b"") from None
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}", b"") from None
     if len(data) > MAX_FILE_BYTES:

@@ -1,4 +1,4 @@
-"""``idx:DIR``: IDX files under MNIST's names, gzipped or not.
+"""``idx:DIR``: IDX files under MNIST's names, gzipped or not, local or ``gs://bucket/folder``.
 
 Format: http://yann.lecun.com/exdb/mnist/ - two zero bytes, the element type (0x08 is an
 unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit integer, data.
@@ -6,20 +6,24 @@ unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import os
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from pipeline import reading, storage
 from pipeline.command import InputError
 from pipeline.dataset import NUM_PIXELS
+from pipeline.reading import NO_FILE, Stamp
 from pipeline.sources import Block, NumberedRows, RawRows, ranges
+from pipeline.storage import Place
 
 # By the SHA-256 of the labels of train and test.
 KNOWN_SETS = {"671ff9d70b4811116d55c3dd479efa7a981e2e62753ef7a6d5c15fea81e63d27": "MNIST"}
@@ -35,9 +39,10 @@ READ_SIZE = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IdxFile:
-    """One IDX file: where it is, its dimensions, and where its data starts."""
+    """One IDX file: where it is, its stamp, its dimensions, and where its data starts."""
 
-    path: Path
+    path: Place
+    stamp: Stamp
     shape: tuple[int, ...]
     header_bytes: int
 
@@ -59,13 +64,10 @@ class IdxSource:
         return {"kind": "idx", "title": KNOWN_SETS.get(self.labels_sha256, "images from IDX files")}
 
     def fingerprint(self) -> list[Any]:
-        """Names, sizes and modification times of the files, and the labels."""
+        """Names, sizes and modification times or generations of the files, and the labels."""
         files = [file for pair in self.files.values() for file in pair]
-        stats = [(file.path.name, file.path.stat()) for file in files]
         # Sets of equal sizes may have equal times, if something has normalised them.
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] + [
-            self.labels_sha256
-        ]
+        return [[file.path.name, *file.stamp] for file in files] + [self.labels_sha256]
 
     def blocks(self) -> list[Block]:
         """Ranges of rows: of a gzip file few, however large it is."""
@@ -109,12 +111,13 @@ def open_source(directory: str, num_classes: int | None = None, *, alone: bool =
     Raises:
         InputError: a file is missing or is not what its header says.
     """
-    folder = Path(directory)
+    folder = storage.place(directory)
     try:
         if not folder.is_dir():
             raise InputError(f"--source idx:{directory}: no such folder")
-        parts = PARTS if alone else _parts_there(folder) or PARTS
-        files = {part: _open_pair(folder, stems) for part, stems in parts.items()}
+        stamps = reading.stamps(folder)
+        parts = PARTS if alone else _parts_there(stamps) or PARTS
+        files = {part: _open_pair(folder, stamps, stems) for part, stems in parts.items()}
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"--source idx:{directory}: cannot be read: {error.strerror}") from None
     largest, labels_sha256 = _sum_up([labels for _, labels in files.values()])
@@ -129,9 +132,16 @@ def open_source(directory: str, num_classes: int | None = None, *, alone: bool =
     )
 
 
-def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
-    images = inspect(_find(folder, stems, IMAGES), dimensions=3)
-    labels = inspect(_find(folder, stems, LABELS), dimensions=1)
+def _open_pair(
+    folder: Place, stamps: dict[str, Stamp], stems: tuple[str, ...]
+) -> tuple[IdxFile, IdxFile]:
+    images, labels = (
+        inspect(folder / name, stamps[name], dimensions=dimensions)
+        for name, dimensions in (
+            (_find(folder, stamps, stems, IMAGES), 3),
+            (_find(folder, stamps, stems, LABELS), 1),
+        )
+    )
     if images.shape[1:] != (28, 28):
         height, width = images.shape[1:]
         raise InputError(f"{images.path}: images are {height}x{width}, expected 28x28")
@@ -145,35 +155,34 @@ def _open_pair(folder: Path, stems: tuple[str, ...]) -> tuple[IdxFile, IdxFile]:
     return images, labels
 
 
-def _parts_there(folder: Path) -> dict[str, tuple[str, ...]]:
+def _parts_there(stamps: dict[str, Stamp]) -> dict[str, tuple[str, ...]]:
     """Those of `PARTS` of which the images, the labels or both are there."""
     return {
         part: stems
         for part, stems in PARTS.items()
-        if any(path.is_file() for kind in (IMAGES, LABELS) for path in _places(folder, stems, kind))
+        if any(_first(stamps, stems, kind) for kind in (IMAGES, LABELS))
     }
 
 
-def _find(folder: Path, stems: tuple[str, ...], suffix: str) -> Path:
-    """Finds the one file of this name."""
-    found = next((path for path in _places(folder, stems, suffix) if path.is_file()), None)
-    if found is None:
+def _find(folder: Place, stamps: dict[str, Stamp], stems: tuple[str, ...], suffix: str) -> str:
+    """Finds the name of the one file of this kind."""
+    if (found := _first(stamps, stems, suffix)) is None:
         raise InputError(f"{folder}: no {stems[0]}-{suffix} or {stems[0]}-{suffix}.gz")
     return found
 
 
-def _places(folder: Path, stems: tuple[str, ...], suffix: str) -> list[Path]:
-    """Where a file may be: with a dash or (as some copies have it) a dot, gzipped or not."""
-    forms = (suffix, suffix.replace("-idx", ".idx"))
-    return [
-        folder / f"{stem}-{form}{ending}"
+def _first(stamps: dict[str, Stamp], stems: tuple[str, ...], suffix: str) -> str | None:
+    """Of the names that a file may have, with a dash or a dot, gzipped or not, one that it has."""
+    names = (
+        f"{stem}-{form}{ending}"
         for stem in stems
-        for form in forms
+        for form in (suffix, suffix.replace("-idx", ".idx"))  # as some copies have it
         for ending in ("", ".gz")
-    ]
+    )
+    return next((name for name in names if stamps.get(name, NO_FILE) != NO_FILE), None)
 
 
-def inspect(path: Path, *, dimensions: int) -> IdxFile:
+def inspect(path: Place, stamp: Stamp, *, dimensions: int) -> IdxFile:
     """Reads the header and checks that exactly as much data follows as it says.
 
     The length of gzip content is found by reading through it, a piece at a time, since what
@@ -203,12 +212,13 @@ def inspect(path: Path, *, dimensions: int) -> IdxFile:
             f"{path}: {found} bytes of data, its header says"
             f" {' x '.join(map(str, shape))} = {expected}"
         )
-    return IdxFile(path=path.absolute(), shape=shape, header_bytes=header_bytes)
+    return IdxFile(path=path.absolute(), stamp=stamp, shape=shape, header_bytes=header_bytes)
 
 
-def _length_of_rest(file: IO[bytes], path: Path) -> int:
+def _length_of_rest(file: IO[bytes], path: Place) -> int:
     if path.suffix != ".gz":
-        return path.stat().st_size - file.tell()
+        here = file.tell()
+        return file.seek(0, os.SEEK_END) - here
     return sum(len(piece) for piece in iter(lambda: file.read(READ_SIZE), b""))
 
 
@@ -224,9 +234,14 @@ def _sum_up(files: list[IdxFile]) -> tuple[int, str]:
     return largest, digest.hexdigest()
 
 
-def _open(path: Path) -> IO[bytes]:
-    # Through a path, not `Path.open`: gzip then closes what it opened.
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+@contextlib.contextmanager
+def _open(path: Place) -> Iterator[IO[bytes]]:
+    with reading.opened(path) as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as unzipped:
+            yield unzipped  # type: ignore[misc]
 
 
 def _skip(file: IO[bytes], count: int) -> None:
@@ -234,7 +249,7 @@ def _skip(file: IO[bytes], count: int) -> None:
     file.seek(count, 1)
 
 
-def _read_exactly(file: IO[bytes], count: int, path: Path) -> bytes:
+def _read_exactly(file: IO[bytes], count: int, path: Place) -> bytes:
     data = file.read(count)
     if len(data) != count:  # it was checked when the source was opened
         raise InputError(f"{path}: changed while it was read")

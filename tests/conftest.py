@@ -43,7 +43,22 @@ def pytest_addoption(parser):
     )
 
 
+# Files are handed out whole, in this order: a long one that comes last keeps one process waiting.
+LONGEST_FIRST = (
+    "test_retrain.py", "test_preprocess.py", "test_runs.py", "test_step.py", "test_evaluate.py",
+    "test_warm_start.py", "test_job.py", "test_browser.py", "test_chain.py",
+    "test_broken_inputs.py",
+)  # fmt: skip
+
+
+def rank(item):
+    """The place of a test's file among the longest; the others come after them."""
+    name = item.path.name
+    return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=rank)  # keeps the order of what is alike
     if (share := config.getoption("share")) is None:
         return
     taken = {}

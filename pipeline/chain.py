@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from pipeline import (
+    ancestry,
     command,
+    commands,
     gate,
+    judging,
     ledger,
     options,
     plan,
+    records,
     registry,
     report,
+    state,
     storage,
-    versions,
+    trainers,
 )
-from pipeline.command import InputError, log, show
-from pipeline.dataset import MANIFEST_NAME, Manifest, load_manifest
+from pipeline.command import InputError, LockedError, UnreachableError, log, show
+from pipeline.dataset import MANIFEST_NAME, SPLITS, Manifest, check_files, load_manifest
+from pipeline.judging import Verdict
 from pipeline.ledger import Line
 from pipeline.models import MODEL_FILE
 from pipeline.plan import DECISION_FILE, REPORT, Request
-from pipeline.stages import StageError, Stages, trainer_folders
+from pipeline.stages import StageError, Stages
+from pipeline.storage import Place
 
 FAILURES_FILE = "failures.jsonl"
 MAX_FAILURES = 3  # of one run; then it must not stand in the way of others any longer
+VERTEX = "pipeline.vertex"  # the stage whose 143 says that its job was cancelled, by whomever
 SPLIT = "test"  # what models are judged on
 
 
@@ -35,256 +42,149 @@ class AbandonedError(Exception):
     """A run cannot be finished any more; the message says why."""
 
 
-def finish(root: Path, request: Request, stages: Stages) -> int:
+def finish(root: Place, request: Request, stages: Stages) -> int:
     """Runs what is left of a run to its end, and enters it in the ledger; returns an exit code.
 
     Killed anywhere and called again, it comes to the same end.
+
+    Raises:
+        LockedError: another process has taken the root over.
+        InputError: a file is damaged; the run is closed as failed.
     """
     run_dir = plan.run_folder(root, request.run_id)
-    tidy(run_dir, run_dir / "report", root / registry.MODELS)
-    storage.recover_all(root / registry.MODELS)
+    stages.hold()
+    storage.tidy(run_dir, run_dir / "report", root / registry.MODELS)
     try:
         dataset_dir = _make_dataset(root, request, stages)
         manifest = load_manifest(dataset_dir)
         if (twin := _twin(root, request, manifest)) is not None:
-            storage.discard(run_dir, plan.REQUEST_FILE)
+            storage.discard(run_dir, last=plan.REQUEST_FILE)
             log.info("nothing new: the same images as those of run %s", twin)
             return command.DONE
-        _train(root, request, dataset_dir, stages)
-        decision = _judge(root, request, dataset_dir, manifest, stages)
+        start = ancestry.settle(root, run_dir, request.initial_weights, dataset_dir, manifest)
+        stages.run(*trainers.command_line(root, request, start))
+        verdict = judging.judge(root, request, dataset_dir, manifest, stages)
     except AbandonedError as error:
         log.warning("run %s: abandoned: %s", request.run_id, error)
-        _close(root, request, outcome="abandoned", reason=str(error))
+        _close(root, request, stages, outcome="abandoned", reason=str(error))
         return command.DONE
     except StageError as error:
-        return _failed(root, request, error)
-    _carry_out(root, request, decision)
-    show_outcome(root, run_dir)
-    return command.DONE if decision["promoted"] else command.KEPT_CHAMPION
+        return _failed(root, request, stages, error)
+    except (LockedError, UnreachableError):
+        raise
+    except InputError as error:  # it stays wrong, and would stand in the way of what is new
+        _close(root, request, stages, outcome="failed", reason=str(error))
+        raise
+    _carry_out(root, request, stages, verdict)
+    show_outcome(run_dir, registry.champion(root))
+    return command.DONE if verdict.decision["promoted"] else command.KEPT_CHAMPION
 
 
-def tidy(*folders: Path) -> None:
-    """Removes the files that a process was writing when it was killed."""
-    for folder in folders:
-        for leftover in folder.glob(".*.*"):  # see `storage.open_atomic`; a lock has no second dot
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
+def put_in_order(root: Place) -> None:
+    """Ends what processes left half done that were killed in the middle of a change of the root.
 
-
-def sweep(root: Path) -> None:
-    """Removes folders of runs that were killed before their request stood, or as it was removed."""
+    Of runs, those go that were killed before their request stood, or as it was removed. In a
+    bucket there is no folder without files, and a request is its first and its last.
+    """
+    registry.settle(root)
+    storage.recover_all(root / registry.MODELS)
     storage.discard_leftovers(root / plan.RUNS)
+    storage.discard_leftovers(root / plan.DATASETS)
+    if not isinstance(root, Path):
+        return
     for folder in (root / plan.RUNS).glob("*"):
         if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
-            tidy(folder)
+            storage.tidy(folder)
             with contextlib.suppress(OSError):  # it holds something else, which is not ours
                 folder.rmdir()
 
 
-def _make_dataset(root: Path, request: Request, stages: Stages) -> Path:
-    """Makes the dataset where it is not there yet, and returns its folder.
+def _make_dataset(root: Place, request: Request, stages: Stages) -> Place:
+    """Makes the dataset where it is not there yet, or is damaged, and returns its folder.
 
     Raises:
         AbandonedError: its source is no longer what it was when the run was begun.
     """
     dataset_dir = plan.dataset_folder(root, request.fingerprint)
     storage.recover(dataset_dir)
-    if (dataset_dir / MANIFEST_NAME).is_file():
+    stands = (dataset_dir / MANIFEST_NAME).is_file()
+    problem = _damage(dataset_dir) if stands else None
+    if stands and problem is None:
         return dataset_dir
     config = request.preprocess(dataset_dir)
     named = " and ".join(request.sources)
     try:
         fingerprint = options.fingerprint(config, options.open_sources_of(config))
+    except UnreachableError:  # which says nothing of the source
+        raise
     except InputError as error:
         raise AbandonedError(f"its source cannot be read any more: {error}") from None
     if fingerprint != request.fingerprint:
-        raise AbandonedError(f"{named} has changed, and its dataset was not made yet")
-    stages.run(
-        "pipeline.preprocess",
-        *[f"--source={spec}" for spec in request.sources],
-        "--output_dir",
-        dataset_dir,
-        *options.dataset_arguments(config),
-        *request.beam_arguments,
-    )
+        state = "is damaged" if stands else "was not made yet"
+        raise AbandonedError(f"{named} has changed, and its dataset {state}")
+    if stands:
+        log.warning("the dataset is damaged and is made anew: %s", problem)
+        stages.hold()
+        storage.discard(dataset_dir, MANIFEST_NAME)
+    stages.run(*commands.dataset_command(request, dataset_dir))
     return dataset_dir
 
 
-def _twin(root: Path, request: Request, manifest: Manifest) -> str | None:
+def _damage(dataset_dir: Place) -> str | None:
+    """What is wrong with the files of a dataset, if anything.
+
+    In a bucket, which keeps checksums of its own, the sizes alone are looked at.
+    """
+    try:
+        manifest = load_manifest(dataset_dir)
+        check_files(dataset_dir, manifest, *SPLITS)
+        if isinstance(dataset_dir, Path):
+            for split in manifest.splits.values():
+                for shard in split.shards:
+                    records.read_shard(dataset_dir, shard)
+    except UnreachableError:  # which says nothing of the files
+        raise
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _twin(root: Place, request: Request, manifest: Manifest) -> str | None:
     """The run, if any, in which the same images were judged, although they came otherwise."""
     if request.repeat or request.force_reason is not None:
         return None
-    lines = ledger.read(root)
     found = ledger.find_judged(
-        lines,
+        ledger.read(root),
         config_id=request.config_id,
         fingerprint=request.fingerprint,
         dataset_id=manifest.dataset_id,
     )
-    if found is None or found["run_id"] == request.run_id or not plan.stands(root, found, lines):
+    if found is None or found["run_id"] == request.run_id:
+        return None
+    if not plan.stands(state.look(root), found):
         return None
     return str(found["run_id"])
 
 
-def _train(root: Path, request: Request, dataset_dir: Path, stages: Stages) -> None:
-    initial = request.initial_weights
-    stages.run(
-        "trainer.task",
-        "--dataset_dir",
-        dataset_dir,
-        *trainer_folders(plan.run_folder(root, request.run_id)),
-        *([f"--initial_weights={root / initial}"] if initial is not None else []),
-        *request.trainer_arguments,
-    )
-
-
-def _judge(
-    root: Path, request: Request, dataset_dir: Path, manifest: Manifest, stages: Stages
-) -> dict[str, Any]:
-    """Evaluates and decides, as far as that is not done; returns the content of `DECISION_FILE`.
-
-    A report that compares with the present champion serves for a decision by other rules too.
-    """
-    run_dir = plan.run_folder(root, request.run_id)
-    champion = registry.champion(root)
-    made = _read(run_dir / DECISION_FILE)
-    carried_out = made is not None and _published_for(root, made) is not None
-    content = _read(run_dir / REPORT) if made is not None else None
-    stands = made is not None and (carried_out or _stands(made, request, champion))
-    if made is not None and content is not None and stands:
-        return made
-    compared = champion if champion and _is_comparable(manifest, champion) else None
-    if content is None or _baseline_id(content) != (compared.model_id if compared else None):
-        _evaluate(root, request, dataset_dir, compared, stages)
-        content = json.loads((run_dir / REPORT).read_text())
-    if made is not None and carried_out:
-        return made  # only its report was lost
-    decision = decide(content, request, manifest, champion)
-    storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
-    return decision
-
-
-def _evaluate(
-    root: Path,
-    request: Request,
-    dataset_dir: Path,
-    compared: registry.Version | None,
-    stages: Stages,
-) -> None:
-    run_dir = plan.run_folder(root, request.run_id)
-    stages.run(
-        "pipeline.evaluate",
-        "--model_dir",
-        run_dir / "export",
-        "--dataset_dir",
-        dataset_dir,
-        "--report_dir",
-        run_dir / "report",
-        f"--ledger={root / ledger.LEDGER_FILE}",
-        f"--run_id={request.run_id}",
-        *([f"--baseline_dir={root / compared.path}"] if compared else []),
-        *request.beam_arguments,
-    )
-
-
-def _is_comparable(manifest: Manifest, champion: registry.Version) -> bool:
-    return gate.same_classes(manifest.class_names, champion.class_names).passed
-
-
-def _baseline_id(content: dict[str, Any]) -> str | None:
-    """The model that a report compares with, if it does."""
-    return content["baseline"]["model_id"] if content["baseline"] is not None else None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object that the chain has written, if it has."""
-    content: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return content
-
-
-def _published_for(root: Path, decision: dict[str, Any]) -> registry.Version | None:
-    """The version that a decision has led to, if it was carried out already.
-
-    Whoever is champion by now: a rollback after it is the operator's word, and stays.
-    """
-    noted = decision.get("champion_version")
-    champion = registry.champion(root)
-    if not decision["promoted"] or noted is None or champion is None:
-        return None
-    for number in versions.numbers(root):
-        if noted < number <= champion.version:  # above the champion's: not published yet
-            version = versions.load(root, number)
-            if version.run_id == decision["run_id"] and version.rolled_back_from is None:
-                return version
-    return None
-
-
-def _stands(decision: dict[str, Any], request: Request, champion: registry.Version | None) -> bool:
-    """Tells whether what was decided before is still what would be decided."""
-    force_reason = _force_reason(request, champion)
-    if not gate.is_about(decision, champion) or decision["forced"] > (force_reason is not None):
-        return False
-    by_these_rules = decision.get("rules") == dataclasses.asdict(request.rules)
-    return decision["promoted"] or (force_reason is None and by_these_rules)
-
-
-def _force_reason(request: Request, champion: registry.Version | None) -> str | None:
-    """Why the run is promoted whatever the gate says, if it is.
-
-    The reason was given against the champion of that time. Against another one, which may have
-    come by a rollback, it has to be given again.
-    """
-    if champion is None or champion.run_id == request.run_id:
-        return request.force_reason
-    return request.force_reason if champion.model_id == request.champion else None
-
-
-def decide(
-    content: dict[str, Any],
-    request: Request,
-    manifest: Manifest,
-    champion: registry.Version | None,
-) -> dict[str, Any]:
-    """Puts a report, the content of ``report.json``, before the gate; see `gate.decision`."""
-    checks = gate.judge(
-        content,
-        request.rules,
-        class_names=manifest.class_names,
-        leaked=gate.leaked_images(manifest),
-        champion_classes=champion.class_names if champion else None,
-    )
-    made = gate.decision(
-        content,
-        request.rules,
-        checks,
-        run_id=request.run_id,
-        sources=request.sources,
-        champion=champion,
-        force_reason=_force_reason(request, champion),
-    )
-    return made | {
-        "champion_version": champion.version if champion else 0,
-        "rules": dataclasses.asdict(request.rules),
-    }
-
-
-def _carry_out(root: Path, request: Request, decision: dict[str, Any]) -> None:
+def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) -> None:
     """Does what was decided, then enters it in the ledger.
 
     A chain killed before the ledger's line carries out the same decision again, to the same end.
     """
-    version = None
-    if decision["promoted"]:
+    decision, version = verdict.decision, verdict.version
+    if decision["promoted"] and version is None:
+        stages.hold()
         champion = registry.champion(root)
         standing = champion if champion and champion.run_id == request.run_id else None
-        version = (
-            _published_for(root, decision) or standing or _publish(root, request, decision)
-        ).version
+        if standing is None and not gate.is_about(decision, champion):
+            raise LockedError(f"{root}: another process has put another champion in place")
+        version = standing or _publish(root, request, decision)
     _close(
         root,
         request,
+        stages,
         outcome="promoted" if decision["promoted"] else "kept",
-        version=version,
+        version=version.version if version else None,
         **{
             name: decision[name]
             for name in (
@@ -295,7 +195,7 @@ def _carry_out(root: Path, request: Request, decision: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _publish(root: Path, request: Request, decision: dict[str, Any]) -> registry.Version:
+def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registry.Version:
     run_dir = plan.run_folder(root, request.run_id)
     model = json.loads((run_dir / "export" / MODEL_FILE).read_text())
     version = registry.Version(
@@ -310,25 +210,34 @@ def _publish(root: Path, request: Request, decision: dict[str, Any]) -> registry
     return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT)
 
 
-def _close(root: Path, request: Request, **known: Any) -> None:
+def _close(root: Place, request: Request, stages: Stages, **known: Any) -> None:
     """Enters the end of a run in the ledger."""
+    stages.hold()
     line = Line(
         run_id=request.run_id,
         window=request.window,
         fingerprint=request.fingerprint,
         config_id=request.config_id,
+        request=plan.checksum_of_request(root, request.run_id),
         **known,
     )
-    ledger.append(root, line)
+    ledger.append(root, line, attempt=request.attempt)
 
 
-def _failed(root: Path, request: Request, error: StageError) -> int:
+def _failed(root: Place, request: Request, stages: Stages, error: StageError) -> int:
     """Says what failed and how to go on; closes a run that is not to be tried again.
 
-    Wrong input stays wrong, so the run is closed at once, and the same command begins it anew.
+    A stage that somebody else ended by a SIGTERM has failed; a job that was cancelled where it is
+    kept has not. Wrong input stays wrong, so the run is closed at once, and the same command
+    begins it anew.
     """
-    if error.code in (command.LOCKED, command.TERMINATED):
+    was_cancelled = error.stage == VERTEX and error.code == command.TERMINATED
+    if error.code == command.LOCKED or error.stopped or was_cancelled:
         return error.code
+    if error.code == command.UNREACHABLE:  # no fault of the run's; there may be nobody to ask
+        hope = "once the server answers or has room, the same command goes on from here"
+        log.error("run %s: %s; %s", request.run_id, error, hope)
+        return command.FAILED
     is_over = True
     if error.code == command.BAD_INPUT:
         hope = "once that is put right, the same command begins it anew"
@@ -341,11 +250,11 @@ def _failed(root: Path, request: Request, error: StageError) -> int:
     champion = "the champion stays" if registry.champion(root) else "there is no champion yet"
     log.error("run %s: %s; %s; %s", request.run_id, error, champion, hope)
     if is_over:
-        _close(root, request, outcome="failed", reason=str(error))
+        _close(root, request, stages, outcome="failed", reason=str(error))
     return command.BAD_INPUT if error.code == command.BAD_INPUT else command.FAILED
 
 
-def _count_failure(root: Path, request: Request, error: StageError) -> int:
+def _count_failure(root: Place, request: Request, error: StageError) -> int:
     """Notes that a run failed; returns how often it has since it was begun."""
     path = plan.run_folder(root, request.run_id) / FAILURES_FILE
     entry = {"attempt": request.attempt, "stage": error.stage, "code": error.code}
@@ -354,23 +263,22 @@ def _count_failure(root: Path, request: Request, error: StageError) -> int:
     return sum(each.get("attempt") == request.attempt for each in ledger.read_json(path))
 
 
-def show_outcome(root: Path, run_dir: Path, *, title: str | None = None) -> None:
+def show_outcome(
+    run_dir: Place, champion: registry.Version | None, *, title: str | None = None
+) -> None:
     """Prints the decision on a run and who is the champion.
 
     Args:
-        root: the root.
         run_dir: the run's folder, which may have been pruned.
+        champion: if there is one.
         title: of the data; where given, the report's table comes first.
     """
-    if (run_dir / DECISION_FILE).is_file():
-        decision = json.loads((run_dir / DECISION_FILE).read_text())
-        if title is not None:
-            content = json.loads((run_dir / REPORT).read_text())
+    if (decision := plan.read_json(run_dir / DECISION_FILE)) is not None:
+        if title is not None and (content := plan.read_json(run_dir / REPORT)) is not None:
             show(report.text_table(content))
             show(f"{title}: {SPLIT} accuracy {content['accuracy']:.4f}")
             show(f"report: {run_dir / 'report' / 'report.html'}")
         outcome = "promoted" if decision["promoted"] else "not promoted"
         show(f"{outcome}: {decision['reason']}")
-    champion = registry.champion(root)
     if champion is not None:
         show(f"champion: version {champion.version}, of run {champion.run_id}")

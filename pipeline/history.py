@@ -22,6 +22,7 @@ from urllib.parse import quote
 from pipeline import ledger
 from pipeline.ledger import JUDGED, ROLLED_BACK
 from pipeline.plan import DECISION_FILE, REPORT, RUNS
+from pipeline.state import Files, list_folders
 from pipeline.storage import Place
 
 OUTCOMES = (*JUDGED, "failed", "abandoned", ROLLED_BACK, "unfinished")
@@ -84,22 +85,23 @@ def read_runs(root: Place) -> list[Run]:
         attempts[run_id] = attempts.get(run_id, 0) + 1
         lines.pop((run_id, 0), None)  # the last line of a run tells what became of it, and when
         lines[run_id, 0] = ends[run_id] = line
-    folders = (path.name for path in _entries(root / RUNS) if _RUN_ID.fullmatch(path.name))
-    for run_id in sorted(name for name in folders if name not in ends):
-        decision = read_object(root / RUNS / run_id / DECISION_FILE)
+    folders = list_folders(root / RUNS)
+    runs = {name: files for name, files in folders.items() if _RUN_ID.fullmatch(name)}
+    for run_id in sorted(runs.keys() - ends.keys()):
+        has_decision = DECISION_FILE in runs[run_id]
+        decision = read_object(root / RUNS / run_id / DECISION_FILE) if has_decision else {}
         lines[run_id, 0] = decision | {"outcome": "unfinished"}
     return [
-        _run(root, run_id, line, 0 if number else attempts.get(run_id, 0))
+        _run(root, run_id, line, 0 if number else attempts.get(run_id, 0), runs.get(run_id, {}))
         for (run_id, number), line in reversed(lines.items())
     ]
 
 
-def _run(root: Place, run_id: str, line: dict[str, Any], attempts: int) -> Run:
+def _run(root: Place, run_id: str, line: dict[str, Any], attempts: int, files: Files) -> Run:
     outcome = line.get("outcome")
     if outcome not in OUTCOMES:
         outcome = "promoted" if line.get("promoted") is True else "kept"
     version = line.get("version")
-    has_folder = _RUN_ID.fullmatch(run_id) is not None
     return Run(
         run_id=run_id,
         outcome=outcome,
@@ -107,25 +109,25 @@ def _run(root: Place, run_id: str, line: dict[str, Any], attempts: int) -> Run:
         reason=str(line.get("reason") or ""),
         time=_time(line.get("time")),
         accuracy=share(line.get("accuracy")),
-        per_class=_per_class(root, run_id, line) if has_folder else {},
+        per_class=_per_class(root, run_id, line, files),
         test_id=str(line.get("test_id") or ""),
         version=version if isinstance(version, int) else None,
         attempts=attempts,
-        links=_links(root, run_id) if has_folder else {},
+        links={
+            what: quote(f"{RUNS}/{run_id}/{name}") for what, name in LINKED.items() if name in files
+        },
     )
 
 
-def _links(root: Place, run_id: str) -> dict[str, str]:
-    """The files of a run that a reader may want and that are there."""
-    paths = {what: f"{RUNS}/{run_id}/{name}" for what, name in LINKED.items()}
-    return {what: quote(path) for what, path in paths.items() if (root / path).is_file()}
-
-
-def _per_class(root: Place, run_id: str, line: dict[str, Any]) -> dict[str, float | None]:
+def _per_class(
+    root: Place, run_id: str, line: dict[str, Any], files: Files
+) -> dict[str, float | None]:
     """The accuracy of each class by its name, from the ledger or else from the run's report."""
     known = line.get("per_class_accuracy")
     if isinstance(known, dict):
         return {str(name): share(value) for name, value in known.items()}
+    if REPORT not in files:
+        return {}
     rows = read_object(root / RUNS / run_id / REPORT).get("per_class")
     if isinstance(rows, list) and all(isinstance(row, dict) and "name" in row for row in rows):
         return {str(row["name"]): share(row.get("accuracy")) for row in rows}
@@ -153,7 +155,3 @@ def read_object(path: Place) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _entries(folder: Place) -> list[Place]:
-    return list(folder.iterdir()) if folder.is_dir() else []

@@ -9,6 +9,7 @@ Synopsis::
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -35,8 +36,10 @@ def write_index(root: Place) -> None:
     name = root.resolve().name if isinstance(root, Path) else root.name
     page = render(read_runs(root), champion, name or "this root").encode()
     path = root / INDEX_FILE
-    if not path.is_file() or path.read_bytes() != page:
-        storage.write_atomic(path, page)
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == page:
+            return
+    storage.write_atomic(path, page)
 
 
 # The page

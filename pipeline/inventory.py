@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
-from pipeline import checksums
+from pipeline import checksums, command
 from pipeline.command import InputError
 from pipeline.models import MODEL_FILE
 from pipeline.storage import Place
@@ -27,6 +26,7 @@ from pipeline.versions import (
 
 DESCRIBED = ("model_id", "weights_sha256", "dataset_id")  # there, and in a version
 HEADINGS = ("", "version", "accuracy", "promoted (UTC)", "model", "dataset", "run", "")
+TEXTS = (0, 3, 4, 5, 6, 7)  # of these columns; the others hold numbers
 
 
 # The check
@@ -119,7 +119,7 @@ def table(root: Place) -> str:
                 continue
             unknown = [""] * (len(HEADINGS) - 3)
             rows.append((mark, str(number), *unknown, f"{path_of(number)} cannot be read"))
-    return aligned(rows)
+    return "\n".join(command.aligned(rows, left=TEXTS))
 
 
 def _cells(version: Version, *, promoted: bool) -> tuple[str, ...]:
@@ -133,18 +133,4 @@ def _cells(version: Version, *, promoted: bool) -> tuple[str, ...]:
         version.dataset_id[:8],
         version.run_id,
         ", ".join(notes),
-    )
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lays out rows of cells, the first of headings, in columns: those of numbers to the right."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.fullmatch(r"[0-9.]*", cell) for cell in column[1:]) for column in columns]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
     )

@@ -13,10 +13,11 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.command import LockedError
 from pipeline.gcs import GcsPath
 from pipeline.storage import Place
 
@@ -46,6 +47,8 @@ class Line:
         config_id: of how it was trained; see `plan.make_config_id`.
         test_id: which rows judged it; see `tally.make_test_id`.
         version: under which it was published.
+        request: the CRC32C of the ``request.json`` that this is the end of, as a bucket's
+            listings have it: where it is the same there, the run was not begun anew.
         time: when the line was written, UTC.
     """
 
@@ -63,28 +66,60 @@ class Line:
     config_id: str | None = None
     test_id: str | None = None
     version: int | None = None
+    request: str | None = None
     time: str = ""
 
 
-def append(root: Place, line: Line) -> None:
-    """Adds a line, with the time, and flushes it to the disk."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    append_json(root / LEDGER_FILE, dataclasses.asdict(dataclasses.replace(line, time=now)))
+def append(root: Place, line: Line, *, attempt: int | None = None) -> None:
+    """Adds a line, with the time, and flushes it to the disk.
 
-
-def append_json(path: Place, entry: Mapping[str, Any]) -> None:
-    """Adds a line to a file; after one that was cut short, on a line of its own.
+    Args:
+        root: the root.
+        line: what it says, but for the time.
+        attempt: of the end of a run: how often it had come to an end before.
 
     Raises:
-        LockedError: an object, which is written anew, was changed by another process meanwhile.
+        LockedError: another process has entered the same end, or is writing as well.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    path = root / LEDGER_FILE
+
+    def require_open(before: list[dict[str, Any]]) -> None:
+        if attempt is not None and times_closed(before, line.run_id) > attempt:
+            raise LockedError(f"{path}: another process has entered the end of run {line.run_id}")
+
+    entry = dataclasses.asdict(dataclasses.replace(line, time=now))
+    append_json(path, entry, require=require_open)
+
+
+def append_json(
+    path: Place,
+    entry: Mapping[str, Any],
+    *,
+    require: Callable[[list[dict[str, Any]]], None] = lambda before: None,
+) -> None:
+    """Adds a line to a file; after one that was cut short, on a line of its own.
+
+    An object is written anew, if it is still of the generation that was read; so a line whose
+    answer was lost is not written twice when it is tried again.
+
+    Args:
+        path: the file.
+        entry: what the line holds.
+        require: is given what the file holds before, and raises where nothing is to be added.
+
+    Raises:
+        LockedError: an object was changed by another process meanwhile.
     """
     if isinstance(path, GcsPath):
         stat = path.find()
         old = path.read_bytes() if stat else b""
+        require(_parsed(old))
         torn = old[-1:] not in (b"", b"\n")
         new = old + b"\n" * torn + json.dumps(entry).encode() + b"\n"
         path.put(new, stat.generation if stat else 0)
         return
+    require(read_json(path))
     with storage.named(path), path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
@@ -107,12 +142,15 @@ def read(root: Place) -> list[dict[str, Any]]:
 
 def read_json(path: Place) -> list[dict[str, Any]]:
     """The objects in a file of one a line; see `append_json`."""
-    found = []
     try:
-        texts = path.read_bytes().splitlines()
+        return _parsed(path.read_bytes())
     except FileNotFoundError:
         return []
-    for text in texts:
+
+
+def _parsed(data: bytes) -> list[dict[str, Any]]:
+    found = []
+    for text in data.splitlines():
         try:
             entry = json.loads(text)
         except ValueError:
@@ -146,9 +184,20 @@ def find_judged(
     return None
 
 
-def challengers_before(lines: Sequence[Mapping[str, Any]], test_id: str) -> int:
-    """How many models these rows have judged so far."""
-    return sum(line.get("outcome") in JUDGED and line.get("test_id") == test_id for line in lines)
+def count_judged(lines: Sequence[Mapping[str, Any]], test_id: str | None = None) -> int:
+    """How many models were judged, each counted once however often it was put before the gate.
+
+    Args:
+        lines: of the ledger; one that does not name its model stands for one of its own.
+        test_id: by which rows; None: by any.
+    """
+    judged = [
+        line
+        for line in lines
+        if line.get("outcome") in JUDGED and test_id in (None, line.get("test_id"))
+    ]
+    named = {line["model_id"] for line in judged if line.get("model_id") is not None}
+    return len(named) + sum(line.get("model_id") is None for line in judged)
 
 
 def is_end(line: Mapping[str, Any]) -> bool:

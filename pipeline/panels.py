@@ -26,25 +26,46 @@ def scale(intervals: Iterable[Sequence[float] | None]) -> float:
     return next((start for start in _STARTS if lows and start <= min(lows)), 0.0)
 
 
-def reuse(challengers_before: int | None) -> str:
-    """Says how far to trust figures from a test set that has been asked before."""
-    if challengers_before is None:
-        told = "How many models were judged on these images before this one is not recorded."
-    elif challengers_before == 0:
+def reuse(challengers_before: int | None, judged_before: int | None = None) -> str:
+    """Says how far to trust figures from a test set that has been asked before.
+
+    Args:
+        challengers_before: how many models were judged on the very same set; None: not recorded.
+        judged_before: how many the root has judged in all, on sets that may differ by one image.
+    """
+    told = _exactly(challengers_before)
+    if judged_before:
+        told += f" This root has judged {_models(judged_before)} before it in all"
+        others = judged_before > (challengers_before or 0)
+        told += ", also on sets that may share most of these images." if others else "."
+    if challengers_before == 0 and not judged_before:
         return (
-            "No model was judged on these images before this one, as far as is recorded. Choosing "
-            "over and over on one test set flatters what is chosen: the count starts here."
+            f"{told} Choosing over and over on one test set flatters what is chosen: the count"
+            " starts here."
         )
-    else:
-        models = (
-            "one model" if challengers_before == 1 else f"{thousands(challengers_before)} models"
-        )
-        told = f"Before this one, these images have judged {models}."
     return (
         f"{told} Choosing over and over on one test set flatters what is chosen: part of its lead "
         "is luck with these very images, a larger part the more were tried. Only images that no "
         "choice ever saw tell what it is worth."
     )
+
+
+def _exactly(models: int | None) -> str:
+    if models is None:
+        return (
+            "How many models were judged on exactly this set of images before this one is not "
+            "recorded."
+        )
+    if models == 0:
+        return (
+            "No model was judged on exactly this set of images before this one, as far as is "
+            "recorded."
+        )
+    return f"Before this one, exactly this set of images has judged {_models(models)}."
+
+
+def _models(number: int) -> str:
+    return "one model" if number == 1 else f"{thousands(number)} models"
 
 
 def leak(images: int, split: str) -> str:

@@ -9,14 +9,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import ledger, options, registry, storage
-from pipeline.command import InputError
-from pipeline.dataset import MANIFEST_NAME, load_manifest
+from pipeline import command, gcs, ledger, options, storage
+from pipeline.command import InputError, UnreachableError, log
+from pipeline.dataset import MANIFEST_NAME, Manifest, load_manifest
 from pipeline.models import MODEL_FILE
 from pipeline.options import PreprocessConfig
 from pipeline.rules import Rules
+from pipeline.storage import Place
+
+if TYPE_CHECKING:
+    from pipeline.state import Files, State
 
 REQUEST_FILE = "request.json"
 DECISION_FILE = "decision.json"
@@ -46,6 +50,7 @@ class Request:
         repeat: whether it is run although the same has been judged before.
         champion: the model_id of the champion as it was begun; None: there was none. Fields from
             here on have defaults: requests of earlier versions lack them.
+        vertex_arguments: how it is trained on Vertex AI; none: in a process here.
     """
 
     run_id: str
@@ -63,20 +68,21 @@ class Request:
     force_reason: str | None
     repeat: bool
     champion: str | None = None
+    vertex_arguments: tuple[str, ...] = ()
 
-    def preprocess(self, dataset_dir: Path) -> PreprocessConfig:
+    def preprocess(self, dataset_dir: Place) -> PreprocessConfig:
         """The config of the dataset's stage."""
         return PreprocessConfig(
             sources=self.sources, output_dir=dataset_dir, **self.dataset_options
         )
 
 
-def run_folder(root: Path, run_id: str) -> Path:
+def run_folder(root: Place, run_id: str) -> Place:
     """Where a run is kept."""
     return root / RUNS / run_id
 
 
-def dataset_folder(root: Path, fingerprint: str) -> Path:
+def dataset_folder(root: Place, fingerprint: str) -> Place:
     """Where a dataset is kept."""
     return root / DATASETS / fingerprint
 
@@ -102,20 +108,24 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def write_request(root: Path, request: Request) -> None:
+def write_request(root: Place, request: Request) -> None:
     """Begins a run."""
     folder = run_folder(root, request.run_id)
-    folder.parent.mkdir(exist_ok=True)
+    if isinstance(folder, Path):
+        folder.parent.mkdir(exist_ok=True)
     text = json.dumps(dataclasses.asdict(request), indent=2) + "\n"
     storage.write_atomic(folder / REQUEST_FILE, text)
 
 
-def was_begun(root: Path, run_id: str) -> bool:
-    """Whether a run has a folder with its request."""
-    return (run_folder(root, run_id) / REQUEST_FILE).is_file()
+def checksum_of_request(root: Place, run_id: str) -> str | None:
+    """The CRC32C of a request, as a bucket's listings have it; None if there is none."""
+    try:
+        return gcs.crc32c((run_folder(root, run_id) / REQUEST_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
 
 
-def read_request(folder: Path) -> Request:
+def read_request(folder: Place) -> Request:
     """Reads `write_request` back.
 
     Raises:
@@ -126,6 +136,7 @@ def read_request(folder: Path) -> Request:
         raw = json.loads(path.read_text())
         lists = ("sources", "trainer_arguments", "beam_arguments")
         made: dict[str, Any] = {name: tuple(raw[name]) for name in lists}
+        made["vertex_arguments"] = tuple(raw.get("vertex_arguments", ()))
         made["rules"] = Rules(**_known(Rules, raw["rules"]))
         return Request(**_known(Request, raw) | made)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -134,11 +145,26 @@ def read_request(folder: Path) -> Request:
         ) from None
 
 
-def rules_of(root: Path, run_id: str) -> Rules | None:
+def rules_of(root: Place, run_id: str) -> Rules | None:
     """The rules that a run was judged by, where its folder still says so."""
     with contextlib.suppress(InputError):
         return read_request(run_folder(root, run_id)).rules
     return None
+
+
+def read_json(path: Place) -> dict[str, Any] | None:
+    """A JSON object that the chain has written, if it has; a torn one counts as none."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s: cannot be read, and counts as missing: %s", path, error)
+        return None
+    if not isinstance(content, dict):
+        log.warning("%s: is no JSON object, and counts as missing", path)
+        return None
+    return content
 
 
 def _known(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,25 +173,39 @@ def _known(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name in names}
 
 
-def unfinished(root: Path, lines: Sequence[Mapping[str, Any]]) -> list[Request]:
+def unfinished(state: State) -> list[Request]:
     """The runs that were begun and have not come to an end, the oldest first.
 
     Raises:
         InputError: the request of one cannot be read. Of what came to an end nothing is asked.
     """
-    folders = [path.parent for path in (root / RUNS).glob(f"*/{REQUEST_FILE}")]
-    begun = [folder for folder in folders if folder.name[0] != "."]  # see `storage.discard`
-    requests = [read_request(folder) for folder in begun if not _has_ended(folder, lines)]
+    requests = [
+        read_request(run_folder(state.root, run_id))
+        for run_id, files in state.runs.items()
+        if REQUEST_FILE in files
+        and run_id[0] != "."  # see `storage.discard`
+        and not has_ended(run_folder(state.root, run_id), state.lines, files)
+    ]
     return sorted(requests, key=lambda request: (request.time, request.run_id))
 
 
-def _has_ended(folder: Path, lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run came to an end since it was begun, or begun anew."""
-    closed = ledger.times_closed(lines, folder.name)
-    if closed == 0:
+def has_ended(folder: Place, lines: Sequence[Mapping[str, Any]], files: Files) -> bool:
+    """Whether a run came to an end since it was begun, or begun anew.
+
+    Args:
+        folder: of the run.
+        lines: of the ledger.
+        files: in its folder; where that says that the request is the one that its last line is
+            the end of, it is not read.
+    """
+    ends = [line for line in lines if line["run_id"] == folder.name and ledger.is_end(line)]
+    if not ends:
         return False
+    checksum = files.get(REQUEST_FILE)
+    if checksum and checksum == ends[-1].get("request"):
+        return True
     try:
-        return closed > int(json.loads((folder / REQUEST_FILE).read_text())["attempt"])
+        return len(ends) > int(json.loads((folder / REQUEST_FILE).read_text())["attempt"])
     except (OSError, ValueError, TypeError, KeyError):
         return True
 
@@ -173,26 +213,40 @@ def _has_ended(folder: Path, lines: Sequence[Mapping[str, Any]]) -> bool:
 # Whether there is anything new
 
 
-def known_dataset_id(root: Path, fingerprint: str) -> str | None:
-    """The id of the dataset that was made from a fingerprint, if it was."""
+def known_manifest(root: Place, fingerprint: str) -> Manifest | None:
+    """The manifest of the dataset that was made from a fingerprint, if it was and can be read."""
     folder = dataset_folder(root, fingerprint)
-    return load_manifest(folder).dataset_id if (folder / MANIFEST_NAME).is_file() else None
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    try:
+        return load_manifest(folder)
+    except UnreachableError:  # which says nothing of the file
+        raise
+    except InputError:
+        return None
 
 
-def stands(root: Path, line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> bool:
+def known_dataset_id(root: Place, fingerprint: str) -> str | None:
+    """The id of that dataset."""
+    manifest = known_manifest(root, fingerprint)
+    return None if manifest is None else manifest.dataset_id
+
+
+def stands(state: State, line: Mapping[str, Any]) -> bool:
     """Tells whether what came of a judged run is still there.
 
     A model that was promoted, or a later one, is the champion; one that was kept out has the
     champion before it. Its folder is whole, or was pruned as a whole.
     """
-    champion = registry.champion(root)
-    promoted = [each["version"] for each in lines if each.get("outcome") == "promoted"]
+    champion = state.champion
+    promoted = [each["version"] for each in state.lines if each.get("outcome") == "promoted"]
     if promoted and champion is None:
         return False
     if line["outcome"] == "promoted" and champion and champion.version < line["version"]:
         return False
-    folder = run_folder(root, line["run_id"])
-    return not folder.exists() or all((folder / name).is_file() for name in (DECISION_FILE, REPORT))
+    run_id = line["run_id"]
+    whole = all(state.has(run_id, name) for name in (DECISION_FILE, REPORT))
+    return whole or run_id not in state.runs
 
 
 def days_since(text: str, now: datetime.datetime) -> float:
@@ -203,11 +257,9 @@ def days_since(text: str, now: datetime.datetime) -> float:
 # In words
 
 
-def describe(
-    root: Path, request: Request, settled: str | None, lines: Sequence[Mapping[str, Any]]
-) -> str:
+def describe(state: State, request: Request, settled: str | None) -> str:
     """What the command would read, make, skip and compare."""
-    others = [each for each in unfinished(root, lines) if each.run_id != request.run_id]
+    others = [each for each in unfinished(state) if each.run_id != request.run_id]
     rows = [("first", f"finish run {other.run_id}, of {other.time}") for other in others]
     for other in others:
         if (other.fingerprint, other.config_id) == (request.fingerprint, request.config_id):
@@ -217,24 +269,27 @@ def describe(
         rows.append(("skip", f"all of it; {settled}"))
         return _table(rows)
     folder, dataset_dir = (
-        run_folder(root, request.run_id),
-        dataset_folder(root, request.fingerprint),
+        run_folder(state.root, request.run_id),
+        dataset_folder(state.root, request.fingerprint),
     )
     source = " and ".join(request.sources)
-    if (dataset_dir / MANIFEST_NAME).is_file():
+    if known_manifest(state.root, request.fingerprint) is not None:
         rows.append(("skip", f"preprocess: {dataset_dir} stands, of {source}"))
     else:
         flags = " ".join(options.dataset_arguments(request.preprocess(dataset_dir)))
         rows.append(("read", source))
         rows.append(("make", f"the dataset {dataset_dir} ({flags})"))
-    if (folder / "export" / MODEL_FILE).is_file():
+    if state.has(request.run_id, f"export/{MODEL_FILE}"):
         rows.append(("skip", f"training: {folder / 'export'} stands"))
     else:
-        begin = "go on with" if (folder / "checkpoints").is_dir() else "train"
+        files = state.runs.get(request.run_id, ())
+        has_checkpoints = any(name.startswith("checkpoints/") for name in files)
+        begin = "go on with" if has_checkpoints else "train"
         start = f" from {request.initial_weights}" if request.initial_weights else ""
         flags = " ".join(request.trainer_arguments) or "as the preset has it"
-        rows.append(("make", f"{begin} run {request.run_id}{start} ({flags})"))
-    champion = registry.champion(root)
+        where = " on Vertex AI" if request.vertex_arguments else ""
+        rows.append(("make", f"{begin} run {request.run_id}{where}{start} ({flags})"))
+    champion = state.champion
     rows.append(
         (
             "compare",
@@ -259,4 +314,4 @@ def _left_of(request: Request, other: Request) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"{what:<8} {text}" for what, text in rows)
+    return "\n".join(command.aligned(rows, left=(0, 1), least=8, gap=" "))

@@ -16,17 +16,16 @@ The newest of each stay, and whatever is needed:
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline import ledger, storage
 from pipeline.command import InputError
 from pipeline.dataset import MANIFEST_NAME, load_manifest
-from pipeline.plan import DATASETS, DECISION_FILE, REQUEST_FILE, RUNS
-from pipeline.registry import champion
-from pipeline.storage import Place
+from pipeline.plan import DATASETS, DECISION_FILE, REQUEST_FILE, RUNS, has_ended
+from pipeline.state import State, list_folders, look
+from pipeline.storage import Lock, Place
 from pipeline.versions import MODELS, VERSION_FILE, Version, folders, numbers, path_of, unpromoted
 
 START = re.compile(rf"{MODELS}/([0-9]+)(?![0-9])")  # in a request
@@ -40,12 +39,17 @@ class Removal(NamedTuple):
     first: str
 
 
-def prune(root: Place, keep: int) -> Iterator[Removal]:
-    """Removes what `plan` names, and yields it once it is gone; the root is locked meanwhile."""
+def prune(root: Place, keep: int, *, lock: Lock | None = None) -> Iterator[Removal]:
+    """Removes what `plan` names, and yields it once it is gone; the root is locked meanwhile.
+
+    Raises:
+        InputError: see `plan`.
+        LockedError: the lock of the root, if given, is lost; what is left stays.
+    """
     for name in (MODELS, RUNS, DATASETS):
         storage.discard_leftovers(root / name)
     for removal in plan(root, keep):
-        storage.discard(removal.folder, removal.first)
+        storage.discard(removal.folder, removal.first, lock=lock)
         yield removal
 
 
@@ -59,24 +63,21 @@ def plan(root: Place, keep: int) -> list[Removal]:
     Raises:
         InputError: the champion is damaged; an older version may be needed.
     """
-    current = champion(root)
-    lines = ledger.read(root)
-    found = {name: sorted(_visible(root / name)) for name in (RUNS, DATASETS)}
-    unfinished = [name for name in found[RUNS] if not _is_finished(root / RUNS / name, lines)]
-    datasets = {name: _names(root / DATASETS / name) for name in found[DATASETS]}
-    runs = _old(found[RUNS], {name: [name] for name in found[RUNS]}, lines, keep)
-    old_datasets = _old(found[DATASETS], datasets, lines, keep)
+    state = look(root)
+    current, lines = state.champion, state.lines
+    found = _visible(state.runs)
+    unfinished = [name for name in found if not _is_finished(state, name)]
+    made = _visible(list_folders(root / DATASETS))
+    datasets = {name: _names(root / DATASETS / name) for name in made}
+    runs = _old(found, {name: [name] for name in found}, lines, keep)
+    old_datasets = _old(datasets, datasets, lines, keep)
     needed_runs = {*unfinished, current.run_id if current else ""}
-    needed = _datasets_of([root / RUNS / name for name in unfinished], datasets)
+    needed = _datasets_of(state, unfinished, datasets)
     if current is not None:
         needed |= _of_champion(current, lines, datasets)
     gone = [name for name in runs if name not in needed_runs]
-    failed = [
-        name
-        for name in found[RUNS]
-        if name not in gone and not (root / RUNS / name / DECISION_FILE).is_file()
-    ]
-    starts = _starts_of([root / RUNS / name for name in {*unfinished, *failed}])
+    failed = [name for name in found if name not in gone and not state.has(name, DECISION_FILE)]
+    starts = _starts_of(state, {*unfinished, *failed})
     return [
         *(
             Removal(root / path_of(number), VERSION_FILE)
@@ -92,20 +93,12 @@ def plan(root: Place, keep: int) -> list[Removal]:
     ]
 
 
-def _visible(parent: Place) -> list[str]:
-    if not parent.is_dir():
-        return []
-    return [path.name for path in parent.iterdir() if path.name[0] != "." and path.is_dir()]
+def _visible(folders: Iterable[str]) -> list[str]:
+    return sorted(name for name in folders if name[0] != ".")
 
 
-def _is_finished(run: Place, lines: list[dict[str, Any]]) -> bool:
-    """Whether a run came to an end since it was begun, or begun anew."""
-    ends = ledger.times_closed(lines, run.name)
-    try:
-        request = json.loads((run / REQUEST_FILE).read_text())
-        return ends > int(request.get("attempt", 0))
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):
-        return ends > 0
+def _is_finished(state: State, run_id: str) -> bool:
+    return has_ended(state.root / RUNS / run_id, state.lines, state.runs[run_id])
 
 
 def _old_versions(root: Place, current: Version | None, keep: int) -> list[int]:
@@ -120,19 +113,24 @@ def _old_versions(root: Place, current: Version | None, keep: int) -> list[int]:
     return old + extra
 
 
-def _starts_of(runs: Iterable[Place]) -> set[int]:
+def _starts_of(state: State, runs: Iterable[str]) -> set[int]:
     """The versions that the requests of runs name."""
-    found: set[int] = set()
-    for run in runs:
-        with contextlib.suppress(FileNotFoundError):
-            found |= {int(number) for number in START.findall((run / REQUEST_FILE).read_text())}
-    return found
+    texts = [_read(state, run_id, REQUEST_FILE) for run_id in runs]
+    return {int(number) for text in texts for number in START.findall(text)}
+
+
+def _read(state: State, run_id: str, name: str) -> str:
+    """A file of a run; nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if state.has(run_id, name):
+            return (state.root / RUNS / run_id / name).read_text()
+    return ""
 
 
 def _old(
     found: Iterable[str],
     known_as: dict[str, list[str]],
-    lines: list[dict[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
     keep: int,
 ) -> list[str]:
     """Of what the ledger names, all but the newest, by the last line that names it."""
@@ -159,7 +157,7 @@ def _names(folder: Place) -> list[str]:
 
 
 def _of_champion(
-    current: Version, lines: list[dict[str, Any]], datasets: dict[str, list[str]]
+    current: Version, lines: Sequence[Mapping[str, Any]], datasets: dict[str, list[str]]
 ) -> set[str]:
     """The dataset of the champion, by its fingerprint, or all of the same content."""
     stated = {str(line.get("fingerprint")) for line in lines if line["run_id"] == current.run_id}
@@ -167,14 +165,11 @@ def _of_champion(
     return stated & datasets.keys() or same
 
 
-def _datasets_of(runs: list[Place], datasets: dict[str, list[str]]) -> set[str]:
+def _datasets_of(state: State, runs: Iterable[str], datasets: dict[str, list[str]]) -> set[str]:
     """The datasets of some runs; all there are, if a run does not tell which is its own."""
     needed: set[str] = set()
-    for run in runs:
-        text = ""
-        for name in TELLING:
-            with contextlib.suppress(FileNotFoundError):
-                text += (run / name).read_text()
+    for run_id in runs:
+        text = "".join(_read(state, run_id, name) for name in TELLING)
         own = {name for name, aliases in datasets.items() if any(a in text for a in aliases)}
         needed |= own or set(datasets)
     return needed

@@ -21,7 +21,7 @@ import sys
 from pipeline import checksums, command, inventory, ledger, storage
 from pipeline.command import InputError, show
 from pipeline.gcs import GcsPath
-from pipeline.storage import Place
+from pipeline.storage import Lock, Place
 from pipeline.versions import (
     CHAMPION_FILE,
     MODELS,
@@ -76,7 +76,12 @@ def champion(root: Place) -> Version | None:
 
 
 def publish(
-    root: Place, model_dir: Place, version: Version, *, report: Place | None = None
+    root: Place,
+    model_dir: Place,
+    version: Version,
+    *,
+    report: Place | None = None,
+    lock: Lock | None = None,
 ) -> Version:
     """Copies a model in under the next number, then swaps the pointer.
 
@@ -90,19 +95,25 @@ def publish(
         model_dir: the model's files.
         version: what is known of it.
         report: a file that goes along, what the model was promoted for.
+        lock: of the root, which is looked at before every change of it.
 
     Returns:
         The version with its number, path, time and files.
 
     Raises:
         InputError: the model's folder holds no files.
-        LockedError: the pointer was changed by another process meanwhile.
+        LockedError: the pointer was changed by another process meanwhile, or the lock is lost.
     """
-    return _publish(root, model_dir, version, report, pointer(root))
+    return _publish(root, model_dir, version, report, pointer(root), lock)
 
 
 def _publish(
-    root: Place, model_dir: Place, version: Version, report: Place | None, before: Pointer
+    root: Place,
+    model_dir: Place,
+    version: Version,
+    report: Place | None,
+    before: Pointer,
+    lock: Lock | None,
 ) -> Version:
     last = before.version.version if before.version else 0
     taken = numbers(root)
@@ -111,22 +122,27 @@ def _publish(
     newest = max([*taken, last])
     published = _unfinished(root, newest, version) if newest > last else None
     if published is None:
-        settle(root)
+        settle(root, lock=lock)
+        storage.hold(lock)
         published = _copy_in(root, model_dir, newest + 1, version, report)
+    storage.hold(lock)
     _swap(root, published, before.generation)
     return published
 
 
-def settle(root: Place) -> list[int]:
+def settle(root: Place, *, lock: Lock | None = None) -> list[int]:
     """Removes versions that were never promoted; the root is locked meanwhile.
 
     Returns:
         Their numbers; see `versions.unpromoted` on which these are.
+
+    Raises:
+        LockedError: the lock of the root, if given, is lost.
     """
     storage.discard_leftovers(root / MODELS)
     removed = unpromoted(root)
     for number in removed:
-        storage.discard(root / path_of(number), VERSION_FILE)
+        storage.discard(root / path_of(number), VERSION_FILE, lock=lock)
     return removed
 
 
@@ -152,12 +168,14 @@ def _copy_in(
         raise InputError(f"{model_dir}: no files; expected an exported model")
     if report is not None:
         sources[report.name] = report
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with storage.published_whole(root / path_of(number), last=VERSION_FILE) as staging:
         published = dataclasses.replace(
             version,
             version=number,
             path=path_of(number),
-            promoted_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            promoted_at=now,
+            first_promoted_at=version.first_promoted_at or now,
             files={
                 name: checksums.copy_file(source, staging / name)
                 for name, source in sorted(sources.items())
@@ -178,19 +196,31 @@ def _swap(root: Place, version: Version, generation: int) -> None:
     storage.write_atomic(path, text)
 
 
-def rollback(root: Place, number: int | None, *, reason: str | None = None) -> Version:
+def rollback(
+    root: Place, number: int | None, *, reason: str | None = None, lock: Lock | None = None
+) -> Version:
     """Publishes an old model again, as the highest version, so that servers follow.
+
+    Killed before its line in the ledger and called again, it adds that line alone.
 
     Args:
         root: the root.
-        number: which version; None: the one before the champion's model. Where there is no
-            pointer that can be read, it has to be given, and gets one.
+        number: which version; None: the one before the champion's model that has other
+            weights. Where there is no pointer that can be read, it has to be given, and gets one.
         reason: why, for the ledger, where it is noted.
+        lock: of the root, which is looked at before every change of it.
 
     Raises:
         InputError: there is no such version, or none before, or its files are damaged.
+        LockedError: the lock is lost, or the pointer was changed by another process meanwhile.
     """
     before = find_pointer(root)
+    if (owed := _unnoted(root, before.version)) is not None:  # killed before the ledger's line
+        was_asked_for = number in (None, owed.version, owed.rolled_back_from)
+        storage.hold(lock)
+        _note(root, owed, reason if was_asked_for else None)
+        if was_asked_for:
+            return owed
     if number is None:
         number = _previous(root, before)
     current, extra = before.version, unpromoted(root)
@@ -204,26 +234,46 @@ def rollback(root: Place, number: int | None, *, reason: str | None = None) -> V
     old = load(root, number)
     if problems := inventory.damage(root, old):
         raise InputError(f"--version {number}: is damaged: {problems[0]}")
-    first = old.rolled_back_from or number
-    again = dataclasses.replace(old, rolled_back_from=first)
-    published = _publish(root, root / old.path, again, None, before)
-    ledger.append(
-        root,
-        ledger.Line(
-            run_id=old.run_id,
-            outcome="rolled_back",
-            reason=f"version {first} again" + (f": {reason}" if reason else ""),
-            accuracy=old.accuracy,
-            model_id=old.model_id,
-            dataset_id=old.dataset_id,
-            version=published.version,
-        ),
+    again = dataclasses.replace(
+        old,
+        rolled_back_from=old.rolled_back_from or number,
+        first_promoted_at=old.first_promoted_at or old.promoted_at,
     )
+    published = _publish(root, root / old.path, again, None, before, lock)
+    storage.hold(lock)
+    _note(root, published, reason)
     return published
 
 
+def _unnoted(root: Place, current: Version | None) -> Version | None:
+    """The champion, where a rollback made it that and the ledger says nothing of it."""
+    if current is None or current.rolled_back_from is None or inventory.damage(root, current):
+        return None
+    known = [line.get("version") for line in ledger.read(root)]
+    return None if current.version in known else current
+
+
+def _note(root: Place, version: Version, reason: str | None) -> None:
+    """Enters a rollback in the ledger."""
+    ledger.append(
+        root,
+        ledger.Line(
+            run_id=version.run_id,
+            outcome="rolled_back",
+            reason=f"version {version.rolled_back_from} again" + (f": {reason}" if reason else ""),
+            accuracy=version.accuracy,
+            model_id=version.model_id,
+            dataset_id=version.dataset_id,
+            version=version.version,
+        ),
+    )
+
+
 def _previous(root: Place, before: Pointer) -> int:
-    """The newest version that is older than the champion's model."""
+    """The newest version that is older than the champion's model and has other weights.
+
+    A renewal of an old champion comes to the same weights, which nobody rolls back to.
+    """
     if before.problem:
         raise InputError(f"{before.problem}; {REPAIR}")
     if before.version is None:
@@ -231,9 +281,11 @@ def _previous(root: Place, before: Pointer) -> int:
         raise InputError(f"{root}: no champion; nothing to roll back{hint}")
     origin = before.version.rolled_back_from or before.version.version
     older = [number for number in numbers(root) if number < origin]
-    if not older:
-        raise InputError(f"{root}: no version before {origin}")
-    return older[-1]
+    for number in reversed(older):
+        if load(root, number).weights_sha256 != before.version.weights_sha256:
+            return number
+    others = " with other weights" if older else ""
+    raise InputError(f"{root}: no version before {origin}{others}")
 
 
 # The command
@@ -262,7 +314,12 @@ def parse(argv: list[str]) -> RegistryConfig:
         action.error = parser.error
         action.add_argument("--root", required=True, metavar="DIR")
         if name == "rollback":
-            action.add_argument("--version", type=int, metavar="V", help="default: the one before")
+            action.add_argument(
+                "--version",
+                type=int,
+                metavar="V",
+                help="default: the one before that has other weights",
+            )
             action.add_argument("--reason", metavar="TEXT", help="why, for the ledger")
         if name == "prune":
             action.add_argument(
@@ -293,8 +350,9 @@ def execute(config: RegistryConfig) -> int:
             raise InputError(f"{config.root}: no champion yet")
         show(version_json(current).rstrip())
     elif config.action == "rollback":
-        with storage.locked(config.root):
-            published = rollback(config.root, config.version, reason=config.reason)
+        with storage.locked(config.root) as lock:
+            published = rollback(config.root, config.version, reason=config.reason, lock=lock)
+            storage.hold(lock)
             _refresh_index(config.root)
         show(f"version {published.version} is version {published.rolled_back_from} again")
     elif config.action == "verify":
@@ -336,9 +394,10 @@ def _prune(config: RegistryConfig) -> None:
     if config.dry_run:
         lines = [f"would remove {each.folder}" for each in pruning.plan(config.root, config.keep)]
     else:
-        with storage.locked(config.root):
-            removed = pruning.prune(config.root, config.keep)
+        with storage.locked(config.root) as lock:
+            removed = pruning.prune(config.root, config.keep, lock=lock)
             lines = [f"removed {removal.folder}" for removal in removed]
+            storage.hold(lock)
             _refresh_index(config.root)
     show("\n".join(lines or ["nothing to remove"]))
 

@@ -2,7 +2,8 @@
 
 A stage dies with the process that started it, however that ends: on Linux the kernel kills it,
 and anywhere `pipeline.watchdog` kills its whole process group, the workers of Beam among it, and
-keeps the lock of the root until nothing of it is left.
+keeps the lock of the root until nothing of it is left. The lock of a root in a bucket lapses with
+the process that holds it; a stage ends as well once another process has taken that lock.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import command, watchdog
-from pipeline.command import InputError
+from pipeline import command, storage, watchdog
+from pipeline.command import InputError, UnreachableError
+from pipeline.leases import Lease
+from pipeline.storage import Place
 
+LOOK_SECONDS = 1.0  # how often it is looked whether the lock was lost
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -31,13 +36,15 @@ class StageError(Exception):
     Attributes:
         stage: its module.
         code: its exit code; below 0, the number of the signal that killed it.
+        stopped: whether the command itself was told to stop, which is no failure of the stage's.
     """
 
-    def __init__(self, stage: str, code: int) -> None:
+    def __init__(self, stage: str, code: int, *, stopped: bool = False) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         super().__init__(f"{stage} {how}")
         self.stage = stage
         self.code = code
+        self.stopped = stopped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,10 @@ class Stages:
     Is a context: at its end no process of a stage is left.
     """
 
-    def __init__(self, lock: int) -> None:
+    def __init__(self, lock: storage.Lock) -> None:
+        """`lock`: of the root, as `storage.locked` yields it."""
         self._lock = lock
+        self._passed = [lock] if isinstance(lock, int) else []  # to processes, by its descriptor
         self._process: subprocess.Popen | None = None
         self._stopping = False
         self._watchdog: subprocess.Popen | None = None
@@ -75,18 +84,24 @@ class Stages:
         if self._watchdog is not None:
             self._watchdog.communicate()  # closes its pipe, which ends it
 
-    def run(self, module: str, *arguments: str | Path) -> None:
+    def hold(self) -> None:
+        """Does `storage.hold` for the lock of the root."""
+        storage.hold(self._lock)
+
+    def run(self, module: str, *arguments: str | Place) -> None:
         """Runs ``python -m module`` to its end, and that of all processes that it started.
 
         Raises:
             StageError: it did not exit with 0, or a SIGTERM came.
+            LockedError: the lock of the root was lost; the stage was killed.
         """
         if self._stopping:
-            raise StageError(module, command.TERMINATED)
+            raise StageError(module, command.TERMINATED, stopped=True)
+        self.hold()
         pipe = self._pipe_to_watchdog()
         self._process = process = subprocess.Popen(
             _command(module, arguments),
-            pass_fds=[self._lock],
+            pass_fds=self._passed,
             env=os.environ | {command.STAGE_VARIABLE: module},
             start_new_session=True,  # its group is then its own, for the watchdog
             preexec_fn=_begins(os.getpid(), pipe),
@@ -94,7 +109,7 @@ class Stages:
         try:
             if self._stopping:  # the signal came as the process was being made
                 process.terminate()
-            with contextlib.suppress(ChildProcessError):
+            with self._killed_without_the_lock(process), contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its
         except KeyboardInterrupt:  # the terminal tells us alone: it is in another session
             process.terminate()
@@ -104,10 +119,33 @@ class Stages:
             watchdog.kill_group(process.pid)
             os.write(pipe, b"0\n")
         code = process.wait()
-        if self._stopping or code == -signal.SIGTERM:
-            code = command.TERMINATED
+        self.hold()
+        if self._stopping:
+            raise StageError(module, command.TERMINATED, stopped=True)
         if code:
             raise StageError(module, code)
+
+    @contextlib.contextmanager
+    def _killed_without_the_lock(self, process: subprocess.Popen) -> Iterator[None]:
+        """Kills the group of a process, should the lock of the root be lost meanwhile."""
+        if not isinstance(self._lock, Lease):
+            yield
+            return
+        lease, ended = self._lock, threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(LOOK_SECONDS):
+                if lease.lost:
+                    watchdog.kill_group(process.pid)
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()  # while the number is the process's own
 
     def _pipe_to_watchdog(self) -> int:
         """The write end of its pipe, which no other process has."""
@@ -115,7 +153,7 @@ class Stages:
             self._watchdog = subprocess.Popen(
                 _command("pipeline.watchdog", ()),
                 stdin=subprocess.PIPE,
-                pass_fds=[self._lock],
+                pass_fds=self._passed,
                 start_new_session=True,
             )
         assert self._watchdog.stdin is not None
@@ -127,14 +165,14 @@ class Stages:
             self._process.terminate()
 
 
-def trainer_folders(run_dir: Path) -> list[str]:
+def trainer_folders(run_dir: Place) -> list[str]:
     """Where the trainer writes: in the run folder, whatever a cloud's environment says."""
     places = {"model": "export", "checkpoint": "checkpoints", "tensorboard": "tensorboard"}
     inside = [f"--{name}_dir={run_dir / folder}" for name, folder in places.items()]
     return [f"--run_dir={run_dir}", *inside]
 
 
-def ask_trainer(arguments: Sequence[str], *, initial_weights: Path | None = None) -> Training:
+def ask_trainer(arguments: Sequence[str], *, initial_weights: Place | None = None) -> Training:
     """Asks the trainer which arguments are its own and what they come to.
 
     Args:
@@ -143,6 +181,7 @@ def ask_trainer(arguments: Sequence[str], *, initial_weights: Path | None = None
 
     Raises:
         InputError: it refuses the value of one, or one is for the chain to give.
+        UnreachableError: the model to start from is on a server that does not answer.
         StageError: it ended in another way than with an answer; what it said went to stderr.
     """
     given = ["--dry_run=known", "--dataset_dir=-", *trainer_folders(Path("-"))]
@@ -156,11 +195,14 @@ def ask_trainer(arguments: Sequence[str], *, initial_weights: Path | None = None
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {command.STAGE_VARIABLE: "trainer.task"},
         preexec_fn=_dies_with(os.getpid()),
     )
     said = answer.stderr.strip()
-    if answer.returncode == command.BAD_INPUT:
+    if answer.returncode in (command.BAD_INPUT, command.UNREACHABLE):
         said = said.removeprefix("python -m trainer.task: error: ")
+        if answer.returncode == command.UNREACHABLE:
+            raise UnreachableError(said)
         raise InputError(said or f"trainer.task refuses its flags: {' '.join(arguments)}")
     if answer.returncode:
         print(said, file=sys.stderr)
@@ -181,7 +223,7 @@ def without(arguments: Sequence[str], unknown: Sequence[str]) -> tuple[str, ...]
     return tuple(kept)
 
 
-def _command(module: str, arguments: Sequence[str | Path]) -> list[str]:
+def _command(module: str, arguments: Sequence[str | Place]) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pipeline import ledger
+from pipeline import ledger, storage
 from pipeline.checksums import FileSum
 from pipeline.command import InputError
 from pipeline.gcs import GcsPath
@@ -42,6 +42,8 @@ class Version:
         sources: what the dataset was read from, as `pipeline.sources.open_sources` takes it.
         rolled_back_from: the version it is a copy of, if any.
         promoted_at: when, in ISO 8601, UTC.
+        first_promoted_at: the same of the version that it is a copy of, else its own. Empty in
+            files of earlier releases.
         files: of its folder, by name; all but ``version.json``.
     """
 
@@ -56,6 +58,7 @@ class Version:
     sources: list[str]
     rolled_back_from: int | None = None
     promoted_at: str = ""
+    first_promoted_at: str = ""
     files: dict[str, FileSum] = dataclasses.field(default_factory=dict)
 
 
@@ -108,7 +111,9 @@ def folders(root: Place) -> list[int]:
 
 def numbers(root: Place) -> list[int]:
     """The numbers of all versions, in order."""
-    return [each for each in folders(root) if (root / path_of(each) / VERSION_FILE).is_file()]
+    found = (name.split("/") for name in storage.walk(root / MODELS))
+    whole = (parts[0] for parts in found if parts[1:] == [VERSION_FILE])
+    return sorted(int(name) for name in whole if NUMBER.fullmatch(name))
 
 
 def load(root: Place, number: int) -> Version:

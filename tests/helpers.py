@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def run_python(*args, env=None, cwd=None, timeout=300, merged=False):
 def run_cli(module, *args, **options):
     """Runs ``python -m module args``; returns the CompletedProcess with its text output."""
     return run_python("-m", module, *args, **options)
+
+
+def free_ports(count):
+    """Numbers of ports on this machine that nobody listened on a moment ago."""
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
 
 
 def run_doomed(program, *arguments):

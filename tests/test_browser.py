@@ -23,6 +23,11 @@ LAYOUTS = {
 }
 COLOURS = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
 
+SIZES_OF_TEXT = (
+    "[...document.querySelectorAll('p, td, th, dd, dt, summary, figcaption')]"
+    ".map((e) => parseFloat(getComputedStyle(e).fontSize))"
+)
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -132,13 +137,23 @@ def press(browser, table, number):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opens_without_a_complaint_or_a_request_and_fits(browser, any_page, layout):
+def test_a_page_in_each_layout(browser, any_page, layout):
+    """Opened once, since a page takes long to be laid out."""
     browser.open(any_page.as_uri(), **LAYOUTS[layout])
     assert browser.problems == []
     assert browser.requests[0] == any_page.as_uri()
     assert outside(browser.requests) == []
     wide = "document.documentElement.scrollWidth <= window.innerWidth"
     assert browser.evaluate(wide), "the page itself must not scroll sideways"
+    background, text = (
+        sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in browser.evaluate(COLOURS)
+    )
+    assert (background < 150, text > 600) == (layout == "dark", layout == "dark")
+    if layout == "desktop":
+        over = "[...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+        assert set(browser.evaluate(over)) == {0}, "every table has to fit"
+    if layout == "phone":
+        assert min(browser.evaluate(SIZES_OF_TEXT)) >= 12
 
 
 def test_tables_images_and_plots_are_there(browser, report_page):
@@ -157,12 +172,6 @@ def test_tables_images_and_plots_are_there(browser, report_page):
     assert boxes == 0
 
 
-def test_tables_fit_a_desktop(browser, any_page):
-    browser.open(any_page.as_uri())
-    over = "[...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth - e.clientWidth)"
-    assert set(browser.evaluate(over)) == {0}
-
-
 def test_the_index_leads_to_its_reports(browser, index_page):
     browser.open(index_page.as_uri())
     links = browser.evaluate("[...document.querySelectorAll('tbody a')].map((a) => a.href)")
@@ -170,26 +179,6 @@ def test_the_index_leads_to_its_reports(browser, index_page):
     browser.open(links[0])
     assert browser.evaluate("document.title") == "2026-01-20-core-0123456789ab"
     assert browser.problems == []
-
-
-def test_text_is_no_smaller_than_can_be_read_on_a_phone(browser, any_page):
-    browser.open(any_page.as_uri(), **LAYOUTS["phone"])
-    sizes = browser.evaluate(
-        "[...document.querySelectorAll('p, td, th, dd, dt, summary, figcaption')]"
-        ".map((e) => parseFloat(getComputedStyle(e).fontSize))"
-    )
-    assert min(sizes) >= 12
-
-
-@pytest.mark.parametrize(
-    ("layout", "is_dark"), [("desktop", False), ("dark", True), ("print", False)]
-)
-def test_colours_follow_the_reader(browser, any_page, layout, is_dark):
-    browser.open(any_page.as_uri(), **LAYOUTS[layout])
-    background, text = (
-        sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in browser.evaluate(COLOURS)
-    )
-    assert (background < 150, text > 600) == (is_dark, is_dark)
 
 
 def test_dark_paper_is_never_printed(browser, any_page):

@@ -1,4 +1,4 @@
-"""What the chain makes of stages that succeed, refuse, fail or are killed.
+"""What the chain makes of stages that succeed, refuse, fail or are killed; here and in a bucket.
 
 The stages are stood in for by what they leave in their folders; tests of the real ones are in
 test_retrain.py and test_kill_chain.py.
@@ -13,11 +13,25 @@ import shutil
 from pathlib import Path
 
 import helpers
+import memory_bucket
 import pytest
+from test_comparison import hand_made
 
-from pipeline import chain, evaluate, ledger, plan, registry, retrain
-from pipeline.command import InputError
+from pipeline import (
+    chain,
+    evaluate,
+    gcs,
+    gcs_publish,
+    ledger,
+    plan,
+    registry,
+    retrain,
+    state,
+    storage,
+)
+from pipeline.command import InputError, LockedError, UnreachableError
 from pipeline.dataset import load_manifest
+from pipeline.gcs import GcsPath
 from pipeline.stages import StageError, Training
 
 BAD_INPUT, FAILED, FULL_DISK, LOCKED, TERMINATED, KEPT = 2, 1, 74, 75, 143, 3
@@ -56,32 +70,40 @@ class StandIn:
             raise StageError(module, self.fails[stage])
         getattr(self, stage)(**{name[2:]: value for name, value in self.arguments.items()})
 
-    def preprocess(self, output_dir, **_):
-        shutil.copytree(self.dataset, output_dir)
+    def hold(self):
+        pass
 
-    def task(self, run_dir, dataset_dir, **_):
-        manifest = load_manifest(Path(dataset_dir))
-        export = Path(run_dir) / "export"
-        (Path(run_dir) / "checkpoints").mkdir(exist_ok=True)
+    def preprocess(self, output_dir, **_):
+        for name, content in contents(self.dataset).items():
+            put(storage.place(output_dir) / name, content)
+
+    def task(self, run_dir, dataset_dir, initial_weights=None, **_):
+        earlier = described(initial_weights)["learned_from"] if initial_weights else []
+        manifest = load_manifest(storage.place(dataset_dir))
+        put(storage.place(run_dir) / "checkpoints/1", "")
+        export = storage.place(run_dir) / "export"
         if export.exists():
             return
-        export.mkdir()
-        (export / "model.json").write_text(
+        put(
+            export / "model.json",
             json.dumps(
                 {
                     "model_id": f"model of {Path(run_dir).name}",
                     "weights_sha256": "w",
                     "dataset_id": manifest.dataset_id,
+                    "learned_from": [
+                        *earlier,
+                        {"dataset_id": manifest.dataset_id, "splits": ["train"]},
+                    ],
                     "dataset": {"class_names": list(manifest.class_names)},
                     "accuracy": self.accuracy,
                 }
-            )
+            ),
         )
 
     def evaluate(self, model_dir, report_dir, dataset_dir, ledger, run_id, baseline_dir=None, **_):
         model = described(model_dir)
         baseline = baseline_dir and described(baseline_dir)
-        Path(report_dir).mkdir(exist_ok=True)
         right = round(model["accuracy"] * 100)  # of 100 rows, all but 9 of the first class
         rows = [{"label": 0, "support": 91, "accuracy": (right - 9) / 91}]
         rows += [{"label": label, "support": 1, "accuracy": 1.0} for label in range(1, 10)]
@@ -94,7 +116,7 @@ class StandIn:
             "dataset_id": model["dataset_id"],
             "test_id": rows_of(dataset_dir),
             "challengers_before": evaluate.count_challengers_before(
-                Path(ledger), run_id, rows_of(dataset_dir)
+                storage.place(ledger), run_id, rows_of(dataset_dir)
             ),
             "baseline": None,
         }
@@ -111,23 +133,37 @@ class StandIn:
                     *({"label": label} | nobody_alone for label in range(1, 10)),
                 ],
             }
-        (Path(report_dir) / "report.json").write_text(json.dumps(content))
+        put(storage.place(report_dir) / "report.json", json.dumps(content))
 
 
 def rows_of(dataset_dir):
     """Stands for the hash of the rows of test."""
-    return " ".join(s.sha256 for s in load_manifest(Path(dataset_dir)).splits["test"].shards)
+    return " ".join(
+        s.sha256 for s in load_manifest(storage.place(str(dataset_dir))).splits["test"].shards
+    )
 
 
 def described(model_dir):
-    return json.loads((Path(model_dir) / "model.json").read_text())
+    return json.loads((storage.place(str(model_dir)) / "model.json").read_text())
+
+
+def put(path, content):
+    """Writes a file anywhere, folders to it included."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(path, content)
+
+
+def contents(root):
+    """{name: content} of all files under a folder anywhere."""
+    return {name: (root / name).read_bytes() for name in storage.walk(root)}
 
 
 @dataclasses.dataclass
 class Job:
     """A root, a source of its own, and stages."""
 
-    root: Path
+    root: storage.Place
     source: Path
     stages: StandIn
 
@@ -171,13 +207,37 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path, small_idx, small_dataset, monkeypatch):
+def bucket(monkeypatch):
+    memory = memory_bucket.Bucket()
+    monkeypatch.setattr(gcs, "bucket", lambda name: memory)
+    monkeypatch.setattr(gcs_publish, "AT_ONCE", 1)
+    return memory
+
+
+@pytest.fixture
+def make_job(tmp_path, small_idx, small_dataset, monkeypatch):
     # The stand-in's reports hold what the gate reads, and nothing to fill a table with.
     monkeypatch.setattr(chain.report, "text_table", lambda content: "the table")
-    root = tmp_path / "root"
-    root.mkdir()
+    # What is drawn on the page takes ten times as long as all the rest.
+    monkeypatch.setattr(retrain.index, "render", lambda *shown: repr(shown))
     source = shutil.copytree(small_idx, tmp_path / "source")
-    return Job(root, source, StandIn(small_dataset))
+    return lambda root: Job(root, source, StandIn(small_dataset))
+
+
+@pytest.fixture
+def local_job(make_job, tmp_path):
+    (tmp_path / "root").mkdir()
+    return make_job(tmp_path / "root")
+
+
+@pytest.fixture
+def bucket_job(make_job, bucket):
+    return make_job(GcsPath("bucket", "some/root"))
+
+
+@pytest.fixture(params=["local", "bucket"])
+def job(request):
+    return request.getfixturevalue(f"{request.param}_job")
 
 
 def test_a_run_is_judged_once(job, small_dataset):
@@ -192,10 +252,10 @@ def test_a_run_is_judged_once(job, small_dataset):
     assert line["dataset_id"] == manifest.dataset_id
     assert line["test_id"] == rows_of(small_dataset)
     assert (job.root / "datasets" / line["fingerprint"]).is_dir()
-    before = helpers.tree(job.root)
+    before = contents(job.root)
     assert job(day=1) == (0, [])
     assert job(day=2) == (0, [])
-    assert helpers.tree(job.root) == before
+    assert contents(job.root) == before
 
 
 def test_beam_options_reach_both_beam_stages_and_no_other(job):
@@ -279,23 +339,122 @@ def test_wrong_input_ends_a_run_and_the_same_command_begins_it_anew(job):
     assert job.outcomes() == ["failed"]
     job.stages.fails = {"evaluate": 1}  # on the way, it can be stopped and gone on from
     assert job() == (FAILED, ["task", "evaluate"])
-    assert len(plan.unfinished(job.root, job.lines())) == 1
+    assert len(plan.unfinished(state.look(job.root))) == 1
     job.stages.fails = {}
     assert job(day=2) == (0, ["task", "evaluate"])
     assert job.outcomes() == ["failed", "promoted"]
     assert job.runs() == ["day1"]
-    assert plan.unfinished(job.root, job.lines()) == []
+    assert plan.unfinished(state.look(job.root)) == []
 
 
-@pytest.mark.parametrize("code", [LOCKED, TERMINATED])
-def test_being_stopped_is_no_failure(job, code, caplog):
-    for _ in range(4):
-        job.stages.fails = {"task": code}
-        assert job()[0] == code
-    assert job.lines() == []
-    assert all(record.levelno <= logging.INFO for record in caplog.records)
+def test_a_damaged_file_closes_the_run_and_what_is_new_is_reached(job):
+    job()
+    job.stages.fails = {"evaluate": 1}
+    assert job(day=2, seed=5)[0] == FAILED
     job.stages.fails = {}
+
+    def refuses(*_):
+        raise InputError("a file is damaged")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="is damaged"):
+        patch.setattr(chain.ancestry, "settle", refuses)
+        job(day=3, seed=6)
+    assert job.outcomes() == ["promoted", "failed"]
+    assert job.lines()[1]["reason"] == "a file is damaged"
+    assert plan.unfinished(state.look(job.root)) == []
+    assert job(day=3, seed=6) == (0, ["task", "evaluate"])
+    assert job.outcomes() == ["promoted", "failed", "promoted"]
+
+
+@pytest.mark.parametrize("error", [LockedError, UnreachableError])
+def test_what_is_no_fault_of_the_run_leaves_it_open(job, monkeypatch, error):
+    def refuses(*_):
+        raise error("not now")
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(chain.ancestry, "settle", refuses)
+        job()
+    assert job.lines() == []
     assert job() == (0, ["task", "evaluate"])
+
+
+@pytest.mark.parametrize("damage", ["torn manifest", "missing", "short"])
+def test_a_damaged_dataset_is_made_anew(job, damage, caplog):
+    job()
+    (dataset,) = (job.root / "datasets").iterdir()
+    before = contents(dataset)
+    shard = dataset / load_manifest(dataset).splits["train"].shards[0].file
+    if damage == "torn manifest":
+        put(dataset / "manifest.json", "{")
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        put(shard, shard.read_bytes()[:-1])
+    assert job(day=2) == (0, [])  # nothing is new, and nothing is looked at
+    assert job(day=2, seed=5) == (0, ALL)
+    (told,) = [each for each in caplog.messages if "made anew" in each]
+    assert str(dataset) in told
+    assert contents(dataset) == before
+    assert job.outcomes() == ["promoted"] * 2
+
+
+def test_a_flipped_bit_of_a_dataset_is_found(local_job, caplog):
+    local_job()
+    (dataset,) = (local_job.root / "datasets").iterdir()
+    before = contents(dataset)
+    shard = dataset / load_manifest(dataset).splits["validation"].shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    put(shard, bytes(content))
+    assert local_job(day=2, seed=5) == (0, ALL)
+    assert f"{shard}: its checksum differs from the manifest's" in caplog.text
+    assert contents(dataset) == before
+
+
+def test_a_damaged_dataset_whose_source_changed_is_left_as_it_is(job):
+    job.stages.fails = {"task": 1}
+    job()
+    job.stages.fails = {}
+    (dataset,) = (job.root / "datasets").iterdir()
+    put(dataset / "manifest.json", "{")
+    job.change()
+    assert job(day=2) == (0, ALL)
+    assert job.outcomes() == ["abandoned", "promoted"]
+    assert "has changed, and its dataset is damaged" in job.lines()[0]["reason"]
+    assert (dataset / "manifest.json").read_bytes() == b"{"
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "module"),
+    [
+        (LOCKED, False, "trainer.task"),
+        (TERMINATED, True, "trainer.task"),
+        (TERMINATED, False, "pipeline.vertex"),  # somebody cancelled its job
+    ],
+)
+def test_being_stopped_is_no_failure(job, monkeypatch, code, stopped, module, caplog):
+    job()
+
+    def stops(name, *_):
+        raise StageError(module, code, stopped=stopped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.stages, "run", stops)
+        for _ in range(4):
+            assert job(day=2, seed=5)[0] == code
+    assert job.outcomes() == ["promoted"]
+    assert all(record.levelno <= logging.INFO for record in caplog.records)
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+
+
+@pytest.mark.parametrize("code", [TERMINATED, -15])
+def test_a_stage_that_somebody_else_ended_has_failed(job, code, caplog):
+    job.stages.fails = {"task": code}
+    assert [job(day=day)[0] for day in (1, 2)] == [FAILED] * 2
+    assert job.lines() == []
+    assert job(day=3)[0] == FAILED
+    assert job.outcomes() == ["failed"]
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 3
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -334,10 +493,11 @@ def age(job, days, *, champion=True, ledger=True):
     then = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)).isoformat()
     path = job.root / "models/champion.json"
     if champion:
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"promoted_at": then}))
+        times = {"promoted_at": then, "first_promoted_at": then}
+        put(path, json.dumps(json.loads(path.read_text()) | times))
     if ledger:
         lines = [json.dumps(line | {"time": then}) for line in job.lines()]
-        (job.root / "runs.jsonl").write_text("\n".join(lines) + "\n")
+        put(job.root / "runs.jsonl", "\n".join(lines) + "\n")
 
 
 def test_an_old_champion_is_challenged_once_in_so_many_days(job):
@@ -359,6 +519,23 @@ def test_an_old_champion_is_challenged_once_in_so_many_days(job):
     assert job("--max_age=1.9", day=5) == (0, [])
     assert job.outcomes() == ["promoted", "kept", "promoted"]
     assert registry.champion(job.root).version == 2
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_rollback_makes_no_champion_young(job, noted):
+    job()
+    job(day=2, seed=5)
+    path = job.root / "models/1/version.json"
+    old = "2026-01-02T03:04:05+00:00"
+    times = {"promoted_at": old, "first_promoted_at": old if noted else ""}
+    put(path, json.dumps(json.loads(path.read_text()) | times))
+    registry.rollback(job.root, 1)
+    champion = registry.champion(job.root)
+    assert (champion.first_promoted_at, champion.promoted_at > old) == (old, True)
+    age(job, 2, champion=False)
+    assert job("--max_age=1.9", day=4) == (0, ["task", "evaluate"])
+    champion = registry.champion(job.root)
+    assert champion.first_promoted_at == champion.promoted_at > old
 
 
 def test_how_long_ago():
@@ -396,9 +573,9 @@ def test_other_rules_are_asked_of_what_was_kept_out(job):
         "min_accuracy": 0.8, "min_class_accuracy": 0.5, "min_class_images": 1,
         "promote_if": "at_least_as_good", "alpha": 0.05,
     }  # fmt: skip
-    before = helpers.tree(job.root)
+    before = contents(job.root)
     assert job(strict, day=4) == (0, [])  # what was promoted stays
-    assert helpers.tree(job.root) == before
+    assert contents(job.root) == before
 
 
 def test_other_rules_after_another_champion_need_another_report(job):
@@ -407,7 +584,7 @@ def test_other_rules_after_another_champion_need_another_report(job):
     assert job(day=3) == (0, ["task", "evaluate"])
     assert job.stages.arguments["--baseline_dir"] == str(job.root / "models/1")
     assert job.outcomes() == ["kept", "promoted", "promoted"]
-    shutil.rmtree(job.last_run())
+    storage.remove(job.last_run())
     assert job("--min_accuracy=0.95", day=4) == (0, [])
 
 
@@ -421,7 +598,7 @@ def test_what_is_unfinished_is_judged_by_its_own_rules_and_then_by_these(job):
 
 def test_models_that_were_lost_are_published_again(job):
     job()
-    shutil.rmtree(job.root / "models")
+    storage.remove(job.root / "models")
     assert job(day=2) == (0, ["task"])
     assert registry.champion(job.root).run_id == job.lines()[0]["run_id"]
     assert job(day=3) == (0, [])
@@ -436,11 +613,33 @@ def test_a_report_that_was_lost_is_made_again(job):
     assert job(day=3) == (0, [])
 
 
+@pytest.mark.parametrize("text", ["", '{"promoted": tr', "[]", "3", "\udcff"])
+@pytest.mark.parametrize("name", ["decision.json", "report/report.json"])
+def test_what_is_torn_is_judged_again(job, monkeypatch, name, text, caplog):
+    job()
+    killed_before(job, monkeypatch, ledger, "append", day=2, seed=5)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    put(run / name, text.encode(errors="surrogateescape"))
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+    assert f"{run / name}: " in caplog.text
+    assert job.outcomes() == ["promoted"] * 2
+    assert registry.champion(job.root).version == 2
+    json.loads((run / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["decision.json", "report/report.json"])
+def test_nothing_new_is_said_although_a_file_is_torn(job, name, capsys):
+    job()
+    put(job.last_run() / name, "{")
+    assert job(day=2) == (0, [])
+    assert "champion: version 1, of run day1-core-" in capsys.readouterr().out
+
+
 def test_a_run_that_was_pruned_as_a_whole_is_still_judged(job):
     job()
     job.stages.accuracy = 0.8
     job(day=2, seed=5)
-    shutil.rmtree(job.last_run())
+    storage.remove(job.last_run())
     assert job(day=3, seed=5) == (0, [])
 
 
@@ -449,7 +648,7 @@ def test_other_classes_than_the_champions_are_kept_out(job):
     path = job.root / "models/champion.json"
     content = json.loads(path.read_text())
     content["class_names"][0] = "o"
-    path.write_text(json.dumps(content))
+    put(path, json.dumps(content))
     assert job(day=2, seed=5)[0] == KEPT
     assert "--baseline_dir" not in job.stages.arguments
     assert job.lines()[1]["reason"] == (
@@ -553,14 +752,15 @@ def test_a_warm_start_goes_on_from_the_model_it_began_with(job):
     job.stages.fails = {"task": 1}
     assert job("--warm_start", day=2, seed=2) == (FAILED, ["task"])
     assert job.stages.arguments["--initial_weights"] == str(job.root / "models/1")
-    other = shutil.copytree(job.root / "models/1", job.root.parent / "other")
-    (other / "model.json").write_text(json.dumps(described(other) | {"model_id": "other"}))
+    other = job.root.parent / "other"
+    model = described(job.root / "models/1") | {"model_id": "other"}
+    put(other / "model.json", json.dumps(model))
     known = registry.champion(job.root)
     registry.publish(job.root, other, dataclasses.replace(known, run_id="other", model_id="other"))
     assert registry.champion(job.root).version == 2
     job.stages.fails = {"evaluate": 1}
     assert job("--warm_start", day=3, seed=2) == (FAILED, ["task", "evaluate"])
-    (begun,) = plan.unfinished(job.root, job.lines())
+    (begun,) = plan.unfinished(state.look(job.root))
     assert (begun.initial_weights, begun.window) == ("models/1", "day2")
     job.stages.fails = {}
     assert job(seed=2, day=3)[0] == 0  # a cold start is another training: both are done
@@ -568,30 +768,88 @@ def test_a_warm_start_goes_on_from_the_model_it_began_with(job):
     assert "--initial_weights" not in job.stages.arguments
 
 
-def test_what_a_kill_left_is_cleared_away(job):
-    job()
+def test_a_warm_start_that_would_know_images_of_test_begins_with_new_weights(job, tmp_path, caplog):
+    def dataset(name, train, test):
+        rows = {"train": [(each, "1") for each in train], "test": [(each, "2") for each in test]}
+        return hand_made(tmp_path / name, rows, tuple("0123456789"))
+
+    def decided():
+        return json.loads((job.last_run() / "decision.json").read_text())
+
+    first = dataset("first", train=[1, 2, 3], test=[4, 5])
+    job.stages.dataset = first
+    assert job("--warm_start")[0] == 0
+    assert decided()["warm_start"] is None  # there was nothing to start from
+    (old,) = (job.root / "datasets").iterdir()
+
+    job.change()
+    job.stages.dataset = dataset("moved", train=[1, 4], test=[2, 3, 5])
+    job.stages.fails = {"evaluate": 1}
+    assert job("--warm_start", day=2)[0] == FAILED
+    storage.remove(old)  # what was found goes for the whole of the run
+    job.stages.fails = {}
+    assert job("--warm_start", day=2) == (0, ["task", "evaluate"])
+    assert "--initial_weights" not in job.stages.by_stage["task"]
+    said = "trained from new weights: models/1 has learned from 2 of the images of test"
+    assert decided()["reason"].endswith(f"no class significantly worse; {said}")
+    assert job.lines()[-1]["reason"] == decided()["reason"]
+    assert [message for message in caplog.messages if "new weights" in message] == [said]
+    assert decided()["warm_start"] == {
+        "model": "models/1",
+        "images": 2,
+        "datasets": [load_manifest(first).dataset_id],
+        "unknown": [],
+    }
+
+    job.change()
+    moved, job.stages.dataset = job.stages.dataset, dataset("grown", train=[1, 4, 6], test=[2, 3])
+    assert job("--warm_start", day=3) == (0, ALL)
+    assert job.stages.by_stage["task"]["--initial_weights"] == str(job.root / "models/2")
+    ids = [load_manifest(each).dataset_id for each in (moved, job.stages.dataset)]
+    assert decided()["warm_start"] == {
+        "model": "models/2", "images": 0, "datasets": ids[:1], "unknown": [],
+    }  # fmt: skip
+    assert decided()["reason"].endswith("no class significantly worse")
+
+    for folder in (job.root / "datasets").iterdir():
+        if load_manifest(folder).dataset_id == ids[0]:
+            storage.remove(folder)
+    job.change()
+    job.stages.dataset = dataset("last", train=[1, 4, 6, 7], test=[2, 3])
+    assert job("--warm_start", day=4) == (0, ALL)
+    assert decided()["warm_start"] == {
+        "model": "models/3", "images": 0, "datasets": ids[1:], "unknown": ids[:1],
+    }  # fmt: skip
+    assert decided()["reason"].endswith(
+        "; whether models/3 has learned from images of test is not known of all datasets that it"
+        f" was trained on: {ids[0]} cannot be read"
+    )
+
+
+def test_what_a_kill_left_is_cleared_away(local_job):
+    local_job()
     left = [
-        job.root / "models/.champion.json.abc",
-        job.last_run() / ".decision.json.abc",
-        job.last_run() / "report/.report.html.abc",
+        local_job.root / "models/.champion.json.abc",
+        local_job.last_run() / ".decision.json.abc",
+        local_job.last_run() / "report/.report.html.abc",
     ]
-    empty = job.root / "runs/day0-core-x"
+    empty = local_job.root / "runs/day0-core-x"
     empty.mkdir()
     (empty / ".request.json.abc").touch()
-    (job.last_run() / "decision.json").unlink()
+    (local_job.last_run() / "decision.json").unlink()
     for path in left:
         path.touch()
-    published = job.root / "models/.1.incomplete"  # killed after it was renamed
+    published = local_job.root / "models/.1.incomplete"  # killed after it was renamed
     (published / "abc").mkdir(parents=True)
     (published / ".lock").touch()
-    assert job(day=2)[0] == 0
+    assert local_job(day=2)[0] == 0
     assert not any(path.exists() for path in [*left, empty, published])
-    assert (job.root / "models/1/model.json").exists()
+    assert (local_job.root / "models/1/model.json").exists()
 
 
-def test_a_twin_that_is_killed_as_it_goes_leaves_nothing(job, monkeypatch):
-    job()
-    job.touch()
+def test_a_twin_that_is_killed_as_it_goes_leaves_nothing(local_job, monkeypatch):
+    local_job()
+    local_job.touch()
     remove, removed = chain.storage.remove, []
 
     def killed(path):
@@ -602,21 +860,21 @@ def test_a_twin_that_is_killed_as_it_goes_leaves_nothing(job, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(chain.storage, "remove", killed)
-        job(day=2)
+        local_job(day=2)
     (name,) = removed
-    assert (job.root / "runs" / name / "request.json").exists()
+    assert (local_job.root / "runs" / name / "request.json").exists()
     assert name.startswith(".day2-core-")
-    assert plan.unfinished(job.root, job.lines()) == []
-    assert job(day=2) == (0, [])
-    assert job.runs() == ["day1"]
+    assert plan.unfinished(state.look(local_job.root)) == []
+    assert local_job(day=2) == (0, [])
+    assert local_job.runs() == ["day1"]
 
 
-def test_folders_of_others_are_left_alone(job):
-    other = job.root / "runs/other"
+def test_folders_of_others_are_left_alone(local_job):
+    other = local_job.root / "runs/other"
     other.mkdir(parents=True)
     (other / "config.json").touch()
-    (job.root / "runs/note.txt").touch()
-    assert job()[0] == 0
+    (local_job.root / "runs/note.txt").touch()
+    assert local_job()[0] == 0
     assert (other / "config.json").exists()
 
 
@@ -642,11 +900,11 @@ def test_a_trainer_that_cannot_be_asked_is_a_failure(job, monkeypatch, caplog):
         raise StageError("trainer.task --dry_run", -9)
 
     monkeypatch.setattr(retrain, "ask_trainer", crashes)
-    before = helpers.tree(job.root)
+    before = contents(job.root)
     config = retrain.parse(["--root", str(job.root), f"--source=idx:{job.source}"])
     assert retrain.execute(config) == FAILED
     assert "trainer.task --dry_run was killed by signal 9; nothing was begun" in caplog.text
-    assert helpers.tree(job.root) == before
+    assert contents(job.root) == before
 
 
 UNREADABLE = ["", "{", "[]", "{}", "3", '{"run_id": 1}']
@@ -657,7 +915,7 @@ def test_a_request_that_cannot_be_read_is_named(job, text):
     job.stages.fails = {"task": 1}
     assert job()[0] == FAILED
     (run,) = (job.root / "runs").iterdir()
-    (run / "request.json").write_text(text)
+    put(run / "request.json", text)
     with pytest.raises(InputError, match=r"request.json: not the request of a run"):
         job(day=2, seed=5)
 
@@ -665,7 +923,7 @@ def test_a_request_that_cannot_be_read_is_named(job, text):
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_of_what_came_to_an_end_no_request_is_asked(job, text):
     job()
-    (job.last_run() / "request.json").write_text(text)
+    put(job.last_run() / "request.json", text)
     assert job(day=2, seed=5) == (0, ["task", "evaluate"])
 
 
@@ -677,7 +935,7 @@ def test_a_request_of_another_version_is_read(job):
     content = json.loads((run / "request.json").read_text())
     content["rules"] = content["rules"] | {"later": 1}
     del content["rules"]["alpha"]  # has a default
-    (run / "request.json").write_text(json.dumps(content | {"later": 1}))
+    put(run / "request.json", json.dumps(content | {"later": 1}))
     assert plan.read_request(run) == before
     job.stages.fails = {}
     assert job() == (0, ["task", "evaluate"])
@@ -690,12 +948,12 @@ def test_the_plan_says_what_is_made_and_skipped_and_writes_nothing(job):
         training = Training(
             arguments=(f"--seed={seed}",), rest=(), config={"preset": "core", "seed": seed}
         )
-        lines = job.lines()
+        seen = state.look(job.root)
         source = retrain.resolve_source(config, None)
-        request = retrain.make_request(config, training, source, lines)
-        before = helpers.tree(job.root)
-        text = plan.describe(job.root, request, None, lines)
-        assert helpers.tree(job.root) == before
+        request = retrain.make_request(config, training, source, seen)
+        before = contents(job.root)
+        text = plan.describe(seen, request, None)
+        assert contents(job.root) == before
         return text.splitlines()
 
     read, made, trained, compared, gate = described()

@@ -7,7 +7,7 @@ import helpers
 import pytest
 
 from pipeline import __version__, command
-from pipeline.command import InputError, LockedError
+from pipeline.command import InputError, LockedError, UnreachableError
 
 
 def parse(argv):
@@ -19,14 +19,14 @@ def parse(argv):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(monkeypatch, capsys):
     """Runs a command with a command line; returns its exit code, stdout and stderr."""
 
     def run_command(*argv, parse=parse, execute=lambda config: 0):
         monkeypatch.setattr(sys, "argv", ["program", *argv])
         with pytest.raises(SystemExit) as caught:
             command.run("some.command", parse, execute)
-        return caught.value.code, *capfd.readouterr()
+        return caught.value.code, *capsys.readouterr()
 
     return run_command
 
@@ -59,6 +59,14 @@ def test_wrong_input_is_one_line_and_its_code(run, step, error, code):
         "",
         "python -m some.command: error: x: wrong\n",
     )
+
+
+def test_a_silent_server_is_a_failure_that_the_chain_knows(run, monkeypatch):
+    said = "python -m some.command: error: x: no answer\n"
+    silent = raising(UnreachableError("x: no answer"))
+    assert run(execute=silent) == (1, "", said)
+    monkeypatch.setenv("DIGITS_STAGE", "some.command")
+    assert run(execute=silent) == (69, "", said)
 
 
 def test_message_of_several_lines_becomes_one(run):
@@ -299,3 +307,20 @@ def test_a_stage_tells_the_chain_of_a_full_disk(run, monkeypatch):
     monkeypatch.setenv("DIGITS_STAGE", "some.command")
     assert run(execute=raising(full("/a/file")))[0] == 74
     assert run(execute=raising(InputError("no")))[0] == 2
+
+
+def test_aligned_columns():
+    rows = [("name", "count", ""), ("a", "1,000,000", "note"), ("bcdef", "", "")]
+    assert command.aligned(rows) == [
+        "name       count",
+        "a      1,000,000  note",
+        "bcdef",
+    ]
+    assert command.aligned(rows, left=(), least=6, gap=" | ") == [
+        "  name |     count |",
+        "     a | 1,000,000 |   note",
+        " bcdef |           |",
+    ]
+    assert command.aligned([]) == []
+    with pytest.raises(ValueError, match="zip"):
+        command.aligned([("a", "b"), ("c",)])

@@ -1,14 +1,17 @@
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipeline import options, preprocess
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
 from pipeline.records import read_records
-from trainer import sources, stream
+from trainer import job, run_folder, sources, stream
+from trainer.config import PRESETS
 from trainer.data import cut, epoch_order, load_split, shards_of
 from trainer.sources import open_source, resolve_input
 
@@ -256,3 +259,30 @@ def test_input_by_the_size_of_the_set(
 ):
     monkeypatch.setattr(sources, "memory", lambda: memory)
     assert resolve_input(wanted, load_manifest(small_dataset), replicas) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "began", "expected"),
+    [
+        ("auto", None, "stream"),  # so little memory as this machine has
+        ("auto", '{"input": "resident"}', "resident"),
+        ("auto", '{"input": "stream"}', "stream"),
+        ("auto", '{"input": "auto"}', "stream"),
+        ("auto", "[]", "stream"),
+        ("auto", "{", "stream"),
+        ("stream", '{"input": "resident"}', "stream"),  # refused later, as another run
+    ],
+)
+def test_auto_is_what_a_run_began_with(
+    small_dataset, tmp_path, monkeypatch, asked, began, expected
+):
+    monkeypatch.setattr(sources, "memory", lambda: 1)
+    places = run_folder.places(tmp_path / "run", {}, {})
+    if began is not None:
+        places.run.mkdir()
+        places.config.write_text(began)
+    config = dataclasses.replace(PRESETS["core"], input=asked)
+    alone = SimpleNamespace(is_chief=True)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    made = job.settle(config, load_manifest(small_dataset), places, None, strategy, alone)
+    assert (made.config.input, made.content["input"]) == (expected, expected)

@@ -196,6 +196,7 @@ def test_model_json(exported, manifest):
         "model_id",
         "weights_sha256",
         "dataset_id",
+        "learned_from",
         "preset",
         "seed",
         "config",
@@ -207,6 +208,8 @@ def test_model_json(exported, manifest):
         "versions",
     ]
     assert description["dataset_id"] == manifest.dataset_id
+    own = {"dataset_id": manifest.dataset_id, "splits": ["train"]}
+    assert description["learned_from"] == [own]
     assert (description["preset"], description["seed"]) == ("core", 22)
     assert description["config"] == dataclasses.asdict(CONFIG) | {"hidden_units": [700, 500]}
     content = run_folder.describe(CONFIG, manifest.dataset_id, ["CPU:0"])

@@ -37,7 +37,7 @@ STAGES = {
     "evaluate": (
         ["runs/*/report", "runs/*/decision.json", "models", "runs.jsonl"],
         12_000,
-        rf"{RUN}/report/\S+",
+        rf"{RUN}/\.report\.incomplete/\S+",
     ),
     "publish": (["models", "runs.jsonl"], 100_000, r"models/\S+"),
     "ledger": (["runs.jsonl"], 0, r"runs\.jsonl"),

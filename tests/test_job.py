@@ -37,6 +37,7 @@ def mnist_root(mnist_dir, tmp_path_factory):
     return root, done
 
 
+@pytest.mark.campaign
 def test_mnist_reaches_the_tutorials_accuracy(mnist_root):
     root, done = mnist_root
     _, run = only_run(root)
@@ -50,6 +51,7 @@ def test_mnist_reaches_the_tutorials_accuracy(mnist_root):
     assert done.stderr.startswith("source auto: MNIST from $MNIST_IDX_DIR")
 
 
+@pytest.mark.campaign
 def test_mnist_is_split_as_the_tutorial_splits_it(mnist_root):
     champion, run = only_run(mnist_root[0])
     (dataset,) = (mnist_root[0] / "datasets").iterdir()
@@ -61,6 +63,7 @@ def test_mnist_is_split_as_the_tutorial_splits_it(mnist_root):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 10
 
 
+@pytest.mark.campaign
 def test_the_exported_model_alone_has_the_reported_accuracy(mnist_root, mnist_dir, tmp_path):
     root, _ = mnist_root
     champion, _ = only_run(root)

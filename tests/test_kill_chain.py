@@ -130,7 +130,7 @@ def result(root):
         "report": report.read_bytes(),
         "decision": json.loads((report.parent.parent / "decision.json").read_text()),
         "files": files,
-        "ledger": [line | {"time": None} for line in lines],
+        "ledger": [line | {"time": None, "request": None} for line in lines],
         "page": shown(root),
         "hidden": sorted({path.name for path in root.rglob(".*")}),
     }

@@ -59,19 +59,19 @@ class Undisturbed:
 
     Attributes:
         source: what both read.
-        old_folder: the dataset that another one replaces.
-        old: its files.
         new: the files of the one that the killed runs were to make.
+        old_folder: the dataset that another one replaces, if one does.
+        old: its files.
         until_staging: seconds until the folder appeared in which the new one is made.
         until_done: seconds until the end.
     """
 
     source: str
-    old_folder: Path
-    old: dict[str, bytes]
     new: dict[str, bytes]
-    until_staging: float
-    until_done: float
+    old_folder: Path | None = None
+    old: dict[str, bytes] | None = None
+    until_staging: float = 0
+    until_done: float = 0
 
 
 def files_of(folder):
@@ -282,7 +282,8 @@ def test_killed_at_a_step_of_overwriting(number, undisturbed, steps, output):
     completes(undisturbed, output, flags)
 
 
-def test_killed_while_it_writes(undisturbed, output):
+def test_killed_while_it_writes(small_idx, small_dataset, output):
+    undisturbed = Undisturbed(source=f"idx:{small_idx}", new=files_of(small_dataset))
     output.parent.mkdir()
     process = start(*command(undisturbed.source, output, NEW))
     wait_for(process, lambda: EVENTS["a shard"](output))

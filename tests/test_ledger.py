@@ -28,6 +28,7 @@ def test_a_line_is_written_and_read_back(tmp_path):
         "run_id": "r", "window": None, "outcome": "kept", "promoted": False, "forced": False,
         "reason": "why", "accuracy": 0.5, "per_class_accuracy": {"0": None}, "model_id": None,
         "dataset_id": "d", "fingerprint": "f", "config_id": "c", "test_id": "t", "version": 3,
+        "request": None,
     }  # fmt: skip
 
 
@@ -127,11 +128,18 @@ def test_unknown_images_are_not_the_same_images():
 
 def test_challengers_and_ends_are_counted():
     lines = [
-        vars(line(outcome="promoted")), vars(line(test_id="other")), vars(line(run_id="s")),
+        vars(line(model_id="1")),
+        vars(line(model_id="1", outcome="promoted")),  # the same, by other rules
+        vars(line(model_id="1", test_id="one image more")),
+        vars(line(model_id="2", test_id="one image more")),
+        vars(line(model_id="3", run_id="s")),
+        vars(line(run_id="s")), vars(line(run_id="s")),  # of models that are not named
         vars(line(outcome="failed", test_id=None)), {"run_id": "of an earlier format"},
+        vars(line(model_id="4", outcome="rolled_back")),
     ]  # fmt: skip
-    lines.append(vars(line(outcome="rolled_back")))
-    assert ledger.challengers_before(lines, "t") == 2
-    assert ledger.challengers_before(lines, "nobody") == 0
-    assert ledger.times_closed(lines, "r") == 3
+    assert ledger.count_judged(lines, "t") == 4
+    assert ledger.count_judged(lines, "one image more") == 2
+    assert ledger.count_judged(lines, "nobody") == 0
+    assert ledger.count_judged(lines) == 5
+    assert ledger.times_closed(lines, "r") == 5
     assert ledger.times_closed(lines, "nobody") == 0

@@ -276,16 +276,23 @@ def test_mean_of_a_histogram():
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "in_all", "told"),
     [
-        (None, "is not recorded. Choosing over and over on one test set flatters"),
-        (0, "No model was judged on these images before this one"),
-        (1, "these images have judged one model. Choosing over and over"),
-        (2345, "these images have judged 2,345 models. Choosing over and over"),
+        (None, None, "is not recorded. Choosing over and over on one test set flatters"),
+        (None, 3, "is not recorded. This root has judged 3 models before it in all, also on sets"),
+        (0, 0, "No model was judged on exactly this set of images before this one"),
+        (0, 0, "as far as is recorded. Choosing over and over on one test set flatters what is "
+               "chosen: the count starts here."),
+        (0, 7, "as far as is recorded. This root has judged 7 models before it in all, also on "
+               "sets that may share most of these images. Choosing over and over on one test set "
+               "flatters what is chosen: part of its lead"),
+        (1, 1, "exactly this set of images has judged one model. This root has judged one model "
+               "before it in all. Choosing over and over"),
+        (2345, None, "this set of images has judged 2,345 models. Choosing over and over"),
     ],
-)
-def test_says_what_choosing_over_and_over_does(before, told):
-    assert told in rendered(report={"challengers_before": before})
+)  # fmt: skip
+def test_says_what_choosing_over_and_over_does(before, in_all, told):
+    assert told in rendered(report={"challengers_before": before, "judged_before": in_all})
 
 
 def test_hits_are_shown_with_what_came_second():

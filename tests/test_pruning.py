@@ -1,10 +1,13 @@
+import contextlib
+import datetime
+import itertools
 import json
 
 import helpers
 import memory_bucket
 import pytest
 
-from pipeline import gcs, gcs_publish, inventory, ledger, pruning, registry, storage
+from pipeline import gcs, gcs_publish, inventory, leases, ledger, pruning, registry, storage
 from pipeline.command import InputError, LockedError
 from pipeline.dataset import load_manifest
 from pipeline.gcs import GcsPath
@@ -45,8 +48,8 @@ def add_run(root, name, dataset, *, promoted=False, line=True, **request):
             root,
             root / f"runs/{name}/export",
             Version(
-                model_id=f"id-{name}", weights_sha256="w", dataset_id=f"id-{dataset}", run_id=name,
-                accuracy=0.9, class_names=["0", "1"], sources=["digits"],
+                model_id=f"id-{name}", weights_sha256=f"w-{name}", dataset_id=f"id-{dataset}",
+                run_id=name, accuracy=0.9, class_names=["0", "1"], sources=["digits"],
             ),
         )  # fmt: skip
     if line:
@@ -348,3 +351,65 @@ def test_command_waits_for_nobody(root, capsys):
             run(capsys, *argv)
         assert len(run(capsys, *argv, "--dry_run")[1]) == 5
     assert standing(root)["models"] == ["1", "2", "3"]
+
+
+# Taken for dead, and is not
+
+
+@pytest.fixture
+def overtaken(tmp_path, monkeypatch):
+    """Runs the command, and lets another process take its lock over before one of its changes."""
+    memory, late = memory_bucket.Bucket(), [0.0]
+    monkeypatch.setattr(gcs, "bucket", lambda name: memory)
+    monkeypatch.setattr(gcs_publish, "AT_ONCE", 1)
+    monkeypatch.setattr(leases, "_now", lambda: late[0])
+    root = GcsPath("bucket", "some/root")
+    for number in (1, 2, 3):
+        add_run(root, f"r{number}", f"d{number}", promoted=True)
+    before = dict(memory.objects)
+
+    def run(step, *argv):
+        """What stood when the lock was taken over, what stands in the end; None: was not."""
+        memory.objects, memory.changes, found = dict(before), 0, []
+
+        def take_over(number):
+            if number == step:
+                late[0] += 1000
+                memory.clock += datetime.timedelta(seconds=1000)
+                leases.acquire(root)
+                found.append(set(memory.contents().items()))
+
+        memory.before = take_over
+        with contextlib.suppress(LockedError):
+            registry.execute(registry.parse([argv[0], "--root", str(root), *argv[1:]]))
+        memory.before = lambda number: None
+        return (found.pop(), set(memory.contents().items())) if found else None
+
+    return run
+
+
+def test_pruning_ends_with_the_lock(overtaken):
+    """No more than the change that was under way."""
+    for step in itertools.count(1):
+        if (found := overtaken(step, "prune", "--keep=1")) is None:
+            break
+        before, after = found
+        assert len(before ^ after) <= 1, step
+    assert step > 10
+
+
+def test_a_rollback_ends_with_the_lock(overtaken):
+    """No more than the change that was under way, of what readers see."""
+    for step in itertools.count(1):
+        if (found := overtaken(step, "rollback")) is None:
+            break
+        before, after = (
+            {
+                (name, content)
+                for name, content in contents
+                if name.endswith(("champion.json", "runs.jsonl", "index.html"))
+            }
+            for contents in found
+        )
+        assert len(after - before) <= 1, step
+    assert step > 10

@@ -520,6 +520,50 @@ def test_rollback_is_noted_in_the_ledger(root, tmp_path, capsys):
     assert [ledger.times_closed(entries, name) for name in ("run-a", "run-b")] == [0, 0]
 
 
+@pytest.mark.parametrize("version", [None, 2, 4, 1])
+def test_a_rollback_that_was_killed_before_its_line_is_not_done_twice(
+    root, tmp_path, monkeypatch, version
+):
+    for name in "abc":
+        publish(root, tmp_path, name)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ledger, "append", killed)
+        registry.rollback(root, None)
+    back = registry.champion(root)
+    assert (back.version, back.rolled_back_from, ledger.read(root)) == (4, 2, [])
+    again = registry.rollback(root, version, reason="it took 7 for 1")
+    lines = [(line["version"], line["reason"]) for line in ledger.read(root)]
+    noted = (4, "version 2 again: it took 7 for 1")
+    if version == 1:  # another one is asked for
+        noted = (4, "version 2 again")
+        assert (again.version, again.rolled_back_from) == (5, 1)
+        assert lines == [noted, (5, "version 1 again: it took 7 for 1")]
+    else:
+        assert again == back == registry.champion(root)
+        assert lines == [noted]
+    assert [each.version for each in registry.versions(root)] == list(range(1, again.version + 1))
+
+
+def test_rollback_passes_over_copies_of_the_same_weights(root, tmp_path):
+    publish(root, tmp_path, "a")
+    folder, version = make_model(tmp_path, "b")
+    for run_id in ("first", "renewed"):
+        registry.publish(root, folder, dataclasses.replace(version, run_id=run_id))
+    assert [each.weights_sha256 for each in registry.versions(root)] == ["sha-a", "sha-b", "sha-b"]
+    assert registry.rollback(root, None).rolled_back_from == 1
+    assert registry.rollback(root, 2).rolled_back_from == 2
+    storage.remove(root / "models/1")
+    with pytest.raises(InputError, match=r"no version before 2$"):
+        registry.rollback(root, None)
+    registry.rollback(root, 3)
+    with pytest.raises(InputError, match="no version before 3 with other weights"):
+        registry.rollback(root, None)
+
+
 def test_rollback_without_champion(root):
     with pytest.raises(InputError, match="no champion"):
         registry.rollback(root, None)

@@ -93,8 +93,9 @@ def test_three_classes_by_hand():
 def test_has_the_fields_of_the_contract():
     content = built(CONFUSION)
     assert list(content) == [
-        *("dataset_id", "model_id", "split", "test_id", "challengers_before", "num_examples"),
-        *("correct", "accuracy", "accuracy_ci95", "log_loss", "calibration_error", "per_class"),
+        *("dataset_id", "model_id", "split", "test_id", "challengers_before", "judged_before"),
+        *("num_examples", "correct", "accuracy", "accuracy_ci95", "log_loss", "calibration_error"),
+        "per_class",
         *("confusion_matrix", "confusion_rates", "most_confused", "reliability", "slices"),
         *("data", "lineage", "baseline", "others"),
     ]
@@ -120,8 +121,10 @@ def test_beside_other_models():
         others=[old, other(counts(CONFUSION))],
         test_id="t" * 32,
         challengers_before=5,
+        judged_before=8,
     )
     assert (content["test_id"], content["challengers_before"]) == ("t" * 32, 5)
+    assert content["judged_before"] == 8
     found = content["baseline"]
     assert found["paired"][0] == {
         "label": 0,

@@ -57,7 +57,7 @@ with storage.locked(Path("root")) as lock, Stages(lock) as stages:
         try:
             stages.run("a_stage", how)
         except StageError as error:
-            print(error.stage, error.code, error)
+            print(error.stage, error.code, error, *["of us"] * error.stopped)
         else:
             print("well")
 """
@@ -182,12 +182,20 @@ def test_whether_a_group_is_alive(tmp_path):
     watchdog.kill_group(process.pid)
 
 
+def test_a_sigterm_of_somebody_else_is_none_of_ours(chain, tmp_path):
+    process = chain("sleep", "0")
+    until((tmp_path / "ready").exists)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert said.splitlines() == ["a_stage -15 a_stage was killed by signal 15", "well"]
+
+
 def test_sigterm_is_handed_on_and_no_other_stage_begins(chain, tmp_path):
     process = chain("save", "0")
     until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert said.splitlines() == ["a_stage 143 a_stage ended with exit code 143"] * 2
+    assert said.splitlines() == ["a_stage 143 a_stage ended with exit code 143 of us"] * 2
     assert (tmp_path / "saved").exists()
 
 

@@ -121,3 +121,31 @@ def test_the_process_ends(case):
     finally:
         process.kill()
         process.stdout.close()
+
+
+@pytest.mark.parametrize(("hurried", "printed"), [(False, "last\n"), (True, "")])
+def test_the_last_thing_is_done_but_not_for_a_second_signal(hurried, printed):
+    code = (
+        "stop.GRACE_SECONDS = 1000 if sys.argv[1:] else 0.1\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.last = lambda: print('last', flush=True)\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    time.sleep(0.5)\n"
+        "    if sys.argv[1:]: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    busy()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY + code, *(["hurried"] if hurried else [])],
+        stdout=subprocess.PIPE,
+        cwd=helpers.ROOT,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        assert process.stdout.read() == printed
+    finally:
+        process.kill()
+        process.stdout.close()

@@ -193,7 +193,8 @@ def test_only_xor_has_no_folders():
         ([*FOLDERS, "--checkpoint_seconds", "-1"], ["--checkpoint_seconds", "at least 0, got -1"]),
         ([*FOLDERS, "--checkpoint_seconds", "inf"], ["at least 0, got inf"]),
         ([*FOLDERS, "--checkpoint_seconds", "x"], ["at least 0, got x"]),
-        ([*FOLDERS, "--model_dir", "gs://b/m"], ["--model_dir: gs://b/m", "local folder"]),
+        ([*FOLDERS, "--model_dir", "gs://b/m"], ["--model_dir: gs://b/m", "expected gs://bucket"]),
+        ([*FOLDERS, "--model_dir", "s3://b/m"], ["--model_dir: s3://b/m", "local folder or gs://"]),
         (["--preset", "xor", "--replicas", "2"], ["--replicas 2: cannot be changed in preset xor"]),
         (["--preset", "xor", "--epochs", "0"], ["--epochs 0: expected at least 1"]),
         ([*FOLDERS, "--optimizer", "lion"], ["--optimizer lion: expected sgd, rmsprop, adam or"]),
@@ -205,8 +206,14 @@ def test_only_xor_has_no_folders():
         ([*FOLDERS, "--no_such_flag", "1"], ["--no_such_flag"]),
         ([*FOLDERS, "--epoch", "3"], ["--epoch"]),  # no abbreviations
         ([*FOLDERS, "stray"], ["stray"]),
-        (["--dataset_dir", "gs://b/d", "--run_dir", "r"], ["gs://b/d", "local folder"]),
-        (["--dataset_dir", "d", "--run_dir", "gs://b/r"], ["gs://b/r", "local folder"]),
+        (
+            ["--dataset_dir", "gs://b/d", "--run_dir", "r"],
+            ["gs://b/d", "expected gs://bucket/path"],
+        ),
+        (
+            ["--dataset_dir", "d", "--run_dir", "gs://b/r"],
+            ["gs://b/r", "expected gs://bucket/path"],
+        ),
         (["--dataset_dir", "d", "--run_dir", ""], ["empty name"]),
         (FOLDERS, ["data: no such folder"]),
     ],

@@ -5,7 +5,7 @@ import numpy as np
 import numpy_twin
 import pytest
 
-from trainer import xor
+from trainer import task, xor
 from trainer.config import PRESETS
 
 CONFIG = PRESETS["xor"]
@@ -36,13 +36,22 @@ def test_the_command_learns_it_from_ten_seeds_and_touches_no_file(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_says_which_seeds_fail():
-    done = run("--epochs", "1", "--seed", "5")
-    assert done.returncode == 1
-    *lines, last = done.stdout.splitlines()[1:]
+def test_the_table():
+    first = xor.Result(seed=7, outputs=np.array([0.0625, 1, 1, 0], np.float32), loss=0.03125)
+    other = dataclasses.replace(first, seed=2**31 - 1, outputs=first.outputs[::-1], loss=1.25)
+    assert xor.table([first, other]).splitlines() == [
+        "      seed  0 xor 0  0 xor 1  1 xor 0  1 xor 1      loss  learned",
+        "         7   0.0625   1.0000   1.0000   0.0000  0.031250  yes",
+        "2147483647   0.0000   1.0000   1.0000   0.0625  1.250000  yes",
+        "2 of 2 seeds learned XOR",
+    ]
+
+
+def test_the_command_says_which_seeds_fail(capsys):
+    assert xor.execute(task.parse(["--preset=xor", "--epochs=1", "--seed=5"]).train) == 1
+    *lines, last = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[-1] for line in lines] == ["no"] * 10
     assert last == "0 of 10 seeds learned XOR; not 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
-    assert done.stderr == ""
 
 
 def test_the_network_is_the_books():

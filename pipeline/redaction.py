@@ -1,0 +1,26 @@
+"""What servers say, without what belongs in no log."""
+
+from __future__ import annotations
+
+import re
+
+MAX_TEXT = 400  # characters of what a service says
+
+# Should a server or a proxy repeat it: tokens, keys, signed claims.
+SECRETS = re.compile(
+    r"(?i:bearer\s+|token[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
+    r"|ya29\.[\w.-]+|AIza[\w-]+|eyJ[\w-]+\.[\w.-]+"
+    r"|-----BEGIN [A-Z ]+-----.*?(?:-----END [A-Z ]+-----|$)",
+    re.DOTALL,
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text with its secrets left out, its lines as they are."""
+    return SECRETS.sub("(left out)", text)
+
+
+def one_line(text: str) -> str:
+    """What a server says, in one line that holds no secrets; of its traceback the first words."""
+    plain = " ".join(without_secrets(text).split())
+    return plain if len(plain) <= MAX_TEXT else plain[: MAX_TEXT - 3] + "..."

@@ -181,6 +181,18 @@ def natural(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text}")
 
 
+def above_zero(unit: str) -> Callable[[str], float]:
+    """Makes the parser of a flag that says how many of a unit, in a fraction perhaps: above 0."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < (value := float(text)) < float("inf"):
+                return value
+        raise argparse.ArgumentTypeError(f"expected a number of {unit} above 0, got {text}")
+
+    return parse
+
+
 def fraction(text: str) -> float:
     """Parses a flag between 0 and 1, both included."""
     with contextlib.suppress(ValueError):

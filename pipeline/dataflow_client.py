@@ -70,8 +70,7 @@ class Client(DataflowApplicationClient):
         total_size: int | None = None,
     ) -> None:
         """Beam's place for it: uploads a file, checked by its checksum."""
-        is_path = isinstance(stream_or_path, str)
-        content = Path(stream_or_path).read_bytes() if is_path else stream_or_path.read()  # type: ignore[arg-type,union-attr]
+        content = _content(stream_or_path)
         storage.write_atomic(storage.place(gcs_or_local_path) / file_name, content)
 
     def create(self, job: Any) -> Any:
@@ -231,8 +230,7 @@ class Unsent(Client):
         total_size: int | None = None,
     ) -> None:
         """Notes a file."""
-        is_path = isinstance(stream_or_path, str)
-        content = Path(stream_or_path).read_bytes() if is_path else stream_or_path.read()  # type: ignore[arg-type,union-attr]
+        content = _content(stream_or_path)
         self.staged.append(
             {
                 "file": f"{gcs_or_local_path}/{file_name}",
@@ -240,6 +238,14 @@ class Unsent(Client):
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
+
+
+def _content(stream_or_path: str | io.IOBase) -> bytes:
+    """What Beam gives to be staged: a file's content by its name, or a stream's."""
+    if isinstance(stream_or_path, str):
+        return Path(stream_or_path).read_bytes()
+    content: bytes = stream_or_path.read()
+    return content
 
 
 def patiently(call: Callable[[], ResultT], seconds: float, *passing: type[Exception]) -> ResultT:

@@ -87,17 +87,6 @@ def window(text: str) -> str:
     return text
 
 
-def days(text: str) -> float:
-    """Parses a number of days above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of days above 0, got {text}")
-    return value
-
-
 def make_parser() -> command.Parser:
     """The flags of the chain itself."""
     parser = command.Parser(PROG, __doc__)
@@ -116,7 +105,7 @@ def make_parser() -> command.Parser:
     )
     parser.add_argument(
         "--max_age",
-        type=days,
+        type=command.above_zero("days"),
         metavar="DAYS",
         help="train although nothing is new where the champion is older (default: never)",
     )

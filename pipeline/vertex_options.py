@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pipeline.command import positive_int
+from pipeline.command import above_zero, positive_int
 
 PREFIX = "vertex_"  # of the flags
 RUN_LABEL = "digits_run"
@@ -63,17 +63,6 @@ class VertexConfig:
         return self.workers * max(1, self.accelerator_count)
 
 
-def seconds(text: str) -> float:
-    """Parses a number of seconds above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text}")
-    return value
-
-
 def parts(text: str) -> tuple[str, ...]:
     """Parses ``A,B``."""
     return tuple(text.split(","))
@@ -123,13 +112,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "labels": {"type": parts, "metavar": "KEY=VALUE,...", "help": "of the job"},
     "poll_seconds": {
-        "type": seconds,
+        "type": above_zero("seconds"),
         "metavar": "X",
         "help": "the longest pause between two questions about its state"
         f" (default: {VertexConfig.poll_seconds:g})",
     },
     "patience_seconds": {
-        "type": seconds,
+        "type": above_zero("seconds"),
         "metavar": "X",
         "help": "how long to go on asking a service that does not answer"
         f" (default: {VertexConfig.patience_seconds:g})",

@@ -26,7 +26,10 @@ def test_direct_runner_is_the_one_in_the_process(arguments):
     assert isinstance(create_runner(runner), FnApiRunner)
 
 
-@pytest.mark.parametrize("name", ["PrismRunner", "DataflowRunner", "FlinkRunner"])
+@pytest.mark.parametrize(
+    "name",
+    ["PrismRunner", pytest.param("DataflowRunner", marks=pytest.mark.cloud), "FlinkRunner"],
+)
 def test_other_runners_are_left_as_they_are(name):
     assert runners.beam_options([f"--runner={name}"]).view_as(StandardOptions).runner == name
 

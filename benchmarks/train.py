@@ -45,7 +45,7 @@ model = tf.keras.Sequential(
     [tf.keras.Input((784,)), dense(700, "relu"), dense(500, "relu"), dense(10)]
 )
 loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-model.compile("adam", loss, ["accuracy"], jit_compile=True, steps_per_execution=39)
+model.compile("adam", loss, metrics=["accuracy"], jit_compile=True, steps_per_execution=39)
 model.fit(images[10000:], labels[10000:], 128, 10, verbose=0,
           validation_data=(images[:10000], labels[:10000]))
 model.export(sys.argv[2], verbose=False)

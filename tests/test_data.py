@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 
 from pipeline import options, preprocess
 from pipeline.command import InputError
@@ -243,13 +244,16 @@ def test_several_splits_are_joined(small_dataset):
     np.testing.assert_array_equal(joined.labels, np.concatenate([part.labels for part in parts]))
 
 
+SIZE = 600 * 3144  # bytes of the train and validation images of `small_dataset`
+
+
 @pytest.mark.parametrize(
     ("wanted", "replicas", "memory", "expected"),
     [
-        ("auto", 1, 8 * 2 * 600 * 3144, "resident"),  # an eighth holds 600 examples twice
-        ("auto", 1, 8 * 2 * 600 * 3144 - 8, "stream"),
-        ("auto", 3, 8 * 4 * 600 * 3144, "resident"),  # as read, and on three replicas
-        ("auto", 3, 8 * 4 * 600 * 3144 - 8, "stream"),
+        ("auto", 1, 8 * 3 * SIZE, "resident"),  # as read, as a tensor, and on the replica
+        ("auto", 1, 8 * 3 * SIZE - 8, "stream"),
+        ("auto", 3, 8 * 5 * SIZE, "resident"),
+        ("auto", 3, 8 * 5 * SIZE - 8, "stream"),
         ("resident", 1, 1, "resident"),
         ("stream", 4, 1 << 40, "stream"),
     ],
@@ -258,7 +262,27 @@ def test_input_by_the_size_of_the_set(
     small_dataset, monkeypatch, wanted, replicas, memory, expected
 ):
     monkeypatch.setattr(sources, "memory", lambda: memory)
-    assert resolve_input(wanted, load_manifest(small_dataset), replicas) == expected
+    devices = [f"/replica:0/task:0/device:CPU:{i}" for i in range(replicas)]
+    assert resolve_input(wanted, load_manifest(small_dataset), devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        ([8 * SIZE, 8 * SIZE], [1], "resident"),
+        ([8 * SIZE, 8 * SIZE - 8], [1 << 40], "stream"),  # the smallest decides
+    ],
+)
+def test_input_by_the_memory_of_gpus(small_dataset, monkeypatch, own, others, expected):
+    monkeypatch.setattr(sources, "memory", lambda: 1 << 40)
+    limits = {f"/device:GPU:{i}": limit for i, limit in enumerate(own + others)}
+    listed = [
+        SimpleNamespace(name=name, memory_limit=limit)
+        for name, limit in {"/device:CPU:0": 1, **limits}.items()
+    ]
+    monkeypatch.setattr(device_lib, "list_local_devices", lambda: listed)
+    devices = [f"/job:localhost/replica:0/task:0/device:GPU:{i}" for i in range(len(own))]
+    assert resolve_input("auto", load_manifest(small_dataset), devices) == expected
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,9 @@ def _resolve(
     """
     replicas = strategy.num_replicas_in_sync
     check_divides(config.batch_size, replicas, reproducible=config.reproducible)
-    own = len(strategy.extended.worker_devices)
+    devices = strategy.extended.worker_devices
     return dataclasses.replace(
-        config, replicas=replicas, input=resolve_input(config.input, manifest, own)
+        config, replicas=replicas, input=resolve_input(config.input, manifest, devices)
     )
 
 

@@ -151,7 +151,7 @@ def _damage(dataset_dir: Place) -> str | None:
 
 def _twin(root: Place, request: Request, manifest: Manifest) -> str | None:
     """The run, if any, in which the same images were judged, although they came otherwise."""
-    if request.repeat or request.force_reason is not None:
+    if request.repeat:
         return None
     found = ledger.find_judged(
         ledger.read(root),
@@ -161,9 +161,8 @@ def _twin(root: Place, request: Request, manifest: Manifest) -> str | None:
     )
     if found is None or found["run_id"] == request.run_id:
         return None
-    if not plan.stands(state.look(root), found):
-        return None
-    return str(found["run_id"])
+    stands = plan.stands(state.look(root), found)
+    return str(found["run_id"]) if stands and plan.answers(root, found, request) else None
 
 
 def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) -> None:

@@ -372,11 +372,7 @@ def find_settled(config: RetrainConfig, request: Request, state: State) -> Mappi
         return None
     if request.repeat and not request.attempt:  # once in each window
         return None
-    if judged["outcome"] != "promoted":  # the answer was no, and may be another one
-        ruled_by = plan.rules_of(state.root, judged["run_id"])
-        if request.force_reason is not None or ruled_by not in (None, request.rules):
-            return None
-    return judged
+    return judged if plan.answers(state.root, judged, request) else None
 
 
 def main() -> None:

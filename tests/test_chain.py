@@ -199,7 +199,8 @@ class Job:
     def touch(self):
         """The same images, written again later."""
         for path in self.source.iterdir():
-            os.utime(path, (1_700_000_000 + len(self.lines()), 1_700_000_000))
+            later = path.stat().st_mtime + 1
+            os.utime(path, (later, later))
 
     def change(self):
         helpers.write_idx(self.source, helpers.make_images(seed=len(self.lines()) + 1))
@@ -578,6 +579,25 @@ def test_other_rules_are_asked_of_what_was_kept_out(job):
     assert contents(job.root) == before
 
 
+def test_other_rules_are_asked_although_the_source_was_touched_as_well(job):
+    assert job("--min_accuracy=0.95") == (KEPT, ALL)
+    job.touch()
+    assert job("--min_accuracy=0.95", day=2) == (0, ["preprocess"])
+    job.touch()
+    assert job(day=3) == (0, ALL)
+    assert job.outcomes() == ["kept", "promoted"]
+
+
+def test_what_was_kept_out_can_be_forced_in_although_the_source_was_touched(job):
+    assert job("--min_accuracy=0.95") == (KEPT, ALL)
+    job.touch()
+    force = ("--min_accuracy=0.95", "--force_promote", "--reason=we must")
+    assert job(*force, day=2) == (0, ALL)
+    job.touch()
+    assert job(*force, day=3) == (0, ["preprocess"])  # what was promoted stays
+    assert [line["forced"] for line in job.lines()] == [False, True]
+
+
 def test_other_rules_after_another_champion_need_another_report(job):
     assert job("--min_accuracy=0.95") == (KEPT, ALL)
     assert job(day=2, seed=5) == (0, ["task", "evaluate"])
@@ -693,6 +713,18 @@ def killed_before(job, monkeypatch, owner, name, *flags, **options):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, killed)
         job(*flags, **options)
+
+
+def test_a_decision_is_on_the_model_that_stands_there(job, monkeypatch):
+    job()
+    killed_before(job, monkeypatch, registry, "publish", day=2, seed=5)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    model = run / "export/model.json"
+    worse = {"model_id": "another", "accuracy": 0.85}
+    put(model, json.dumps(json.loads(model.read_text()) | worse))
+    assert job(day=2, seed=5) == (KEPT, ["task", "evaluate"])
+    assert json.loads((run / "decision.json").read_text())["model_id"] == "another"
+    assert registry.champion(job.root).version == 1
 
 
 @pytest.mark.parametrize("to", [1, 2])

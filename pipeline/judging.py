@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import ancestry, gate, ledger, plan, registry, storage, trainers, versions
+from pipeline import ancestry, decisions, gate, ledger, plan, registry, storage, trainers, versions
 from pipeline.command import InputError
 from pipeline.dataset import Manifest
 from pipeline.plan import DECISION_FILE, REPORT, Request
@@ -137,7 +137,7 @@ def _published_for(
 def _stands(decision: dict[str, Any], request: Request, champion: Version | None) -> bool:
     """Tells whether what was decided before is still what would be decided."""
     force_reason = _force_reason(request, champion)
-    if not gate.is_about(decision, champion) or decision["forced"] > (
+    if not decisions.is_about(decision, champion) or decision["forced"] > (
         force_reason is not None
     ):
         return False
@@ -162,7 +162,7 @@ def decide(
     manifest: Manifest,
     champion: Version | None,
 ) -> dict[str, Any]:
-    """Puts a report, the content of ``report.json``, before the gate; see `gate.decision`."""
+    """Puts a report, the content of ``report.json``, before the gate; see `decisions.make`."""
     checks = gate.judge(
         content,
         request.rules,
@@ -170,7 +170,7 @@ def decide(
         leaked=gate.leaked_images(manifest),
         champion_classes=champion.class_names if champion else None,
     )
-    made = gate.decision(
+    made = decisions.make(
         content,
         request.rules,
         checks,

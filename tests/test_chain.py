@@ -24,6 +24,7 @@ from pipeline import (
     gcs_publish,
     ledger,
     plan,
+    promotion,
     registry,
     retrain,
     state,
@@ -358,7 +359,7 @@ def test_a_damaged_file_closes_the_run_and_what_is_new_is_reached(job):
         raise InputError("a file is damaged")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="is damaged"):
-        patch.setattr(chain.ancestry, "settle", refuses)
+        patch.setattr(chain.ancestry, "starting_model", refuses)
         job(day=3, seed=6)
     assert job.outcomes() == ["promoted", "failed"]
     assert job.lines()[1]["reason"] == "a file is damaged"
@@ -373,7 +374,7 @@ def test_what_is_no_fault_of_the_run_leaves_it_open(job, monkeypatch, error):
         raise error("not now")
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(chain.ancestry, "settle", refuses)
+        patch.setattr(chain.ancestry, "starting_model", refuses)
         job()
     assert job.lines() == []
     assert job() == (0, ["task", "evaluate"])
@@ -748,7 +749,7 @@ def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
 
 def test_a_copy_that_the_pointer_never_named_is_published(job, monkeypatch):
     job()
-    killed_before(job, monkeypatch, registry, "_swap", day=2, seed=5)
+    killed_before(job, monkeypatch, promotion, "_swap", day=2, seed=5)
     assert [version.version for version in registry.versions(job.root)] == [1, 2]
     assert registry.champion(job.root).version == 1
     assert job(day=2, seed=5) == (0, ["task"])

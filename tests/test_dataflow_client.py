@@ -30,17 +30,26 @@ def service():
         yield service
 
 
-@pytest.fixture
-def client(service, monkeypatch):
+@pytest.fixture(params=["http", "grpc"])
+def client(service, monkeypatch, request):
+    """By http as the other tests ask, and by gRPC as the real service is asked."""
+    import dataflow_grpc
+
     from pipeline import dataflow_client  # of the cloud extra
 
     monkeypatch.setattr(dataflow_follow, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dataflow_client, "MESSAGES_SECONDS", 0.1)
     monkeypatch.setattr(dataflow_client, "SUBMIT_SECONDS", 0.3)
     place = ("--project=my-project-1", "--region=r", "--temp_location=gs://bucket/temp")
-    return dataflow_client.Client(
+    client = dataflow_client.Client(
         PipelineOptions([f"--dataflow_endpoint={service.endpoint}", "--no_auth", *place])
     )
+    if request.param == "http":
+        yield client
+        return
+    with dataflow_grpc.running(service) as address:
+        dataflow_grpc.connect(client, address)
+        yield client
 
 
 def submit(service, *states, name="a", request="id-1"):

@@ -28,6 +28,7 @@ JOBS = re.compile(r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+
 JOB = re.compile(JOBS.pattern + r"/(?P<id>[^/]+)")
 ENDED = ("DONE", "FAILED", "CANCELLED", "UPDATED", "DRAINED")
 PAGE = 2  # jobs on a page of a list: a client has to turn them
+TOKEN = "ya29.b2YtYS1kYXRhZmxvdy10aGF0LWlzLW5vbmU"
 START = datetime.datetime(2026, 11, 20, 3, 0, tzinfo=datetime.UTC)
 
 
@@ -87,7 +88,7 @@ class Service:
         refused: what the next submission is refused with: (HTTP code, text).
         losing: whether the answers to submissions get lost, which are heard all the same.
         forgets_requests: whether no answer tells which request a job was made for.
-        tokens: the credentials of every request.
+        tokens: the credentials of every request; at `/token` it hands some out.
         echoing: whether it refuses all requests, and repeats their credentials.
     """
 
@@ -151,10 +152,13 @@ class Service:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         with self._lock:
             self.requests.append((handler.command, path))
-            self.tokens.append(handler.headers.get("Authorization"))
-            code, content = self._handle(handler.command, path, body, parse_qs(query))
-            if self.echoing:
-                code, content = _error(403, f"not with Authorization: {self.tokens[-1]}")
+            if path == "/token":
+                code, content = 200, {"access_token": TOKEN, "expires_in": 3600}
+            else:
+                self.tokens.append(handler.headers.get("Authorization"))
+                code, content = self._handle(handler.command, path, body, parse_qs(query))
+                if self.echoing:
+                    code, content = _error(403, f"not with Authorization: {self.tokens[-1]}")
         if self.losing and handler.command == "POST":
             handler.close_connection = True
             return

@@ -102,10 +102,7 @@ def read_tally(directory: Place) -> Tally:
     """Takes what `write_tally` handed on."""
     from pipeline.tally import parse_tally
 
-    file = directory / TALLY_FILE
-    total = parse_tally(file.read_text())
-    file.unlink()
-    return total
+    return parse_tally((directory / TALLY_FILE).read_text())
 
 
 def write_report(
@@ -193,17 +190,16 @@ def execute(config: EvaluateConfig) -> int:
         resume=runners.is_dataflow(config.beam_arguments),
         # An evaluation that fails leaves no report of another model in its place.
         cleared=OURS,
+        left_out=[TALLY_FILE],
     ) as staging:
         log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
         job = Job(config=config, manifest=manifest, directory=staging)
-        runners.run(
-            runners.beam_options(config.beam_arguments),
-            lambda root: build(root, job),
-            "evaluate",
-            work_of(config, manifest, staging),
-        )
-        # Here, and not in the graph: what draws the page need not be installed on the workers.
-        content = write_report(read_tally(staging), config, manifest, staging)
+        work = work_of(config, manifest, staging)
+        options = runners.beam_options(config.beam_arguments)
+        runners.run(options, lambda root: build(root, job), "evaluate", work)
+        with runners.accepting(work):
+            # Here, and not in the graph: what draws the page need not be installed on the workers.
+            content = write_report(read_tally(staging), config, manifest, staging)
     show(report.text_table(content))
     show(f"{report.title(manifest)}: {config.split} accuracy {content['accuracy']:.4f}")
     html = config.report_dir / PAGE_FILE

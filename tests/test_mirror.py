@@ -28,7 +28,7 @@ from trainer.uploads import Background
 from trainer.workers import Workers
 
 PLACES = run_folder.places(GcsPath("bucket", "runs/r1"), {}, {})
-CONTENT = run_folder.describe(test_loop.CONFIG, "d1", ["CPU:0"])
+CONTENT = test_loop.CONTENT
 LATER = datetime.timedelta(seconds=leases.LAPSE_SECONDS + 1)
 WAIT = 60  # seconds, for what takes milliseconds
 
@@ -54,7 +54,7 @@ class Counting(test_loop.Process):
         self.files = Checkpoints(
             mirror.here.checkpoints,
             self,
-            run=run_folder.identity(CONTENT),
+            run=CONTENT,
             seconds=0,
             after=self.after,
             shown=PLACES.checkpoints,
@@ -93,7 +93,8 @@ def train(*, places=PLACES, **options):
 
 
 def export(here, process):
-    model = {"run": run_folder.identity(CONTENT), "config": CONTENT, "weights": process.state}
+    own = {name: CONTENT[name] for name in ("dataset_id", "devices")}
+    model = own | {"config": CONTENT, "weights": process.state}
     (here.model / "variables").mkdir()
     (here.model / "variables" / "data").write_text(str(process.state))
     (here.model / "metrics.jsonl").write_bytes(here.metrics.read_bytes())
@@ -295,11 +296,15 @@ def test_damaged_checkpoint_is_passed_over(bucket, whole, caplog):
 
 def test_checkpoint_of_another_run_is_named_as_the_bucket_names_it(bucket):
     train(stopped_at=6)
-    bucket.objects["runs/r1/config.json"].content = json.dumps(CONTENT).encode()
+    del bucket.objects["runs/r1/config.json"]
+    before = bucket.contents()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "identity", lambda _: "other")
-        with pytest.raises(InputError, match=r"^gs://bucket/runs/r1/checkpoints/.*another run"):
+        patch.setitem(CONTENT, "input", "stream")
+        with pytest.raises(
+            InputError, match=r"^gs://bucket/runs/r1/checkpoints: holds a run with input auto, not"
+        ):
             train()
+    assert bucket.contents() == before
 
 
 # Others, and a server that fails

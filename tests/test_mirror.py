@@ -407,6 +407,46 @@ def test_local_folders_are_used_as_they_are(bucket, tmp_path):
     assert bucket.changes == 0
 
 
+@pytest.mark.parametrize("folder", ["gs://bucket", None])
+def test_two_runs_do_not_share_checkpoints_at_once(bucket, tmp_path, folder):
+    folder = folder or tmp_path
+
+    def places(name):
+        run_dir = storage.place(f"{folder}/{name}")
+        return run_folder.places(run_dir, {"checkpoint_dir": f"{folder}/shared"}, {})
+
+    with Mirror(places("a")) as mirror:
+        mirror.hold()
+        with (
+            pytest.raises(LockedError, match=rf"^{folder}/shared: .*at work here") as raised,
+            Mirror(places("b")) as other,
+        ):
+            other.hold()
+        assert raised.value.exit_code == 75
+        assert not places("b").run.exists()
+    with Mirror(places("b")) as other:
+        other.hold()
+        mirror.end()  # has given back its own alone
+        with pytest.raises(LockedError), Mirror(places("a")) as third:
+            third.hold()
+    assert bucket.contents() == {}
+
+
+def test_lock_of_checkpoints_that_is_taken_over_stops_the_run(bucket, tmp_path):
+    given = {"checkpoint_dir": "gs://bucket/shared"}
+    places = run_folder.places(tmp_path / "run", given, {})
+    with pytest.raises(LockedError, match=r"^gs://bucket/shared: "), Mirror(places) as mirror:
+        mirror.hold()
+        bucket.clock += LATER
+        taken = leases.acquire(places.checkpoints)
+        (mirror.here.checkpoints / "step-00000001.ckpt").write_bytes(b"1")
+        mirror._leases[0]._renewed -= 2 * leases.LAPSE_SECONDS
+        mirror.saved()
+        mirror._uploads.wait()
+    assert list(bucket.contents()) == ["shared/.lock"]
+    taken.end()
+
+
 def test_a_bucket_for_the_model_alone(bucket, tmp_path):
     places = run_folder.places(tmp_path / "run", {"model_dir": "gs://bucket/models/m"}, {})
     with Mirror(places) as mirror:

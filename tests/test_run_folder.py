@@ -5,6 +5,7 @@ from pathlib import Path
 import helpers
 import pytest
 
+from pipeline import storage
 from pipeline.command import InputError
 from pipeline.gcs import GcsPath
 from trainer import run_folder, same_run
@@ -159,6 +160,31 @@ def test_where_nothing_can_be_written_is_told(tmp_path, name):
         run_folder.require_writable(found)
     run_folder.require_writable(places(tmp_path / "a" / "b"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("run", "checkpoints", "apart"),
+    [
+        ("run", "run/checkpoints", False),
+        ("run", "run/a/b", False),
+        ("run", "run", False),
+        ("run", "linked/checkpoints", False),
+        ("run", "run2", True),
+        ("run/a", "run", True),
+        ("gs://bucket/run", "gs://bucket/run/checkpoints", False),
+        ("gs://bucket/run", "gs://bucket/run2", True),
+        ("gs://bucket", "gs://bucket/c", False),
+        ("gs://bucket/run", "run", True),
+        ("run", "gs://bucket/run", True),
+    ],
+)
+def test_checkpoints_apart_from_the_run_have_a_lock_of_their_own(
+    tmp_path, monkeypatch, run, checkpoints, apart
+):
+    monkeypatch.chdir(tmp_path)
+    Path("linked").symlink_to("run")
+    found = run_folder.places(storage.place(run), {"checkpoint_dir": checkpoints}, {})
+    assert run_folder.locked(found) == ([found.checkpoints] if apart else []) + [found.run]
 
 
 # Which run it is

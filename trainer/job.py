@@ -130,7 +130,7 @@ def begin(job: Job, dataset_dir: Place, initial_weights: Place | None) -> Read |
 
 
 def _enter(job: Job) -> None:
-    """Takes the lock, and makes sure again that nobody has begun another run meanwhile."""
+    """Takes the locks, and makes sure again that nobody has begun another run meanwhile."""
     job.mirror.hold()
     run_folder.check_same_run(job.places, job.content)
 

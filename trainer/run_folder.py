@@ -122,6 +122,16 @@ def require_writable(places: Places) -> None:
         storage.require_writable(folder)
 
 
+def locked(places: Places) -> list[Place]:
+    """The folders whose locks a run holds: its own, and that of checkpoints kept elsewhere."""
+    own, apart = _full_name(places.run), _full_name(places.checkpoints)
+    return [places.run] if apart.startswith(own) else [places.checkpoints, places.run]
+
+
+def _full_name(folder: Place) -> str:
+    return f"{folder.resolve() if isinstance(folder, Path) else folder}/"
+
+
 def make(places: Places[Path]) -> None:
     """Makes the folders that a run writes single files in, and those they are in."""
     for folder in (places.checkpoints, places.tensorboard):

@@ -1,7 +1,9 @@
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +14,7 @@ from pipeline.command import InputError
 from pipeline.dataset import load_manifest
 from pipeline.records import read_records
 from trainer import job, run_folder, sources, stream
+from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import PRESETS
 from trainer.data import cut, epoch_order, load_split, shards_of
 from trainer.sources import open_source, resolve_input
@@ -289,24 +292,38 @@ def test_input_by_the_memory_of_gpus(small_dataset, monkeypatch, own, others, ex
     ("asked", "began", "expected"),
     [
         ("auto", None, "stream"),  # so little memory as this machine has
-        ("auto", '{"input": "resident"}', "resident"),
-        ("auto", '{"input": "stream"}', "stream"),
-        ("auto", '{"input": "auto"}', "stream"),
-        ("auto", "[]", "stream"),
-        ("auto", "{", "stream"),
-        ("stream", '{"input": "resident"}', "stream"),  # refused later, as another run
+        ("auto", "resident", "resident"),
+        ("auto", "stream", "stream"),
+        ("stream", "stream", "stream"),
+        ("stream", "resident", None),
     ],
 )
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_auto_is_what_a_run_began_with(
-    small_dataset, tmp_path, monkeypatch, asked, began, expected
+    small_dataset, tmp_path, monkeypatch, asked, began, expected, elsewhere
 ):
     monkeypatch.setattr(sources, "memory", lambda: 1)
-    places = run_folder.places(tmp_path / "run", {}, {})
-    if began is not None:
-        places.run.mkdir()
-        places.config.write_text(began)
-    config = dataclasses.replace(PRESETS["core"], input=asked)
+    places = run_folder.places(tmp_path, {}, {})
+    manifest, core = load_manifest(small_dataset), dataclasses.replace(PRESETS["core"], replicas=1)
+    earlier = dataclasses.replace(core, input=began)
+    content = run_folder.describe(earlier, manifest.dataset_id, ["CPU:0"])
+    if began is not None and elsewhere:  # its checkpoints alone are where this run's are
+        trained = SimpleNamespace(values=list)
+        Checkpoints(places.checkpoints, trained, run=content, seconds=0).save(Progress(), 1)
+    elif began is not None:
+        places.config.write_text(json.dumps(content))
+    config = dataclasses.replace(core, input=asked)
     alone = SimpleNamespace(is_chief=True)
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    made = job.settle(config, load_manifest(small_dataset), places, None, strategy, alone)
-    assert (made.config.input, made.content["input"]) == (expected, expected)
+
+    def settled():
+        return job.settle(config, manifest, places, None, strategy, alone)
+
+    if expected is None:
+        before = helpers.tree(tmp_path)
+        with pytest.raises(InputError, match=r": holds a run with input resident, not stream;"):
+            settled()
+        assert helpers.tree(tmp_path) == before
+    else:
+        made = settled()
+        assert (made.config.input, made.content["input"]) == (expected, expected)

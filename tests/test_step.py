@@ -16,7 +16,7 @@ import replica_losses
 from pipeline.command import InputError
 from trainer.checks import check_divides, configure
 from trainer.config import PRESETS
-from trainer.workers import cluster_workers
+from trainer.workers import Cluster, read_cluster
 
 SCRIPT = Path(replica_losses.__file__)
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
@@ -317,23 +317,25 @@ def tf_config(cluster, task):
 
 
 WORKERS = {"worker": ["a:1", "b:2"]}
+WITH_CHIEF = {"chief": ["c:0"]} | WORKERS
 TASK = {"type": "worker", "index": 1}
 
 
 @pytest.mark.parametrize(
-    ("text", "workers"),
+    ("text", "cluster"),
     [
-        (None, []),
-        ("", []),
-        ("{}", []),
-        (tf_config({}, {}), []),
-        (tf_config(WORKERS, TASK), ["a:1", "b:2"]),
-        (tf_config({"worker": ["a:1"]}, {"type": "worker", "index": 0}), ["a:1"]),
-        (tf_config({"chief": ["c:0"]} | WORKERS, {"type": "chief"}), ["c:0", "a:1", "b:2"]),
+        (None, Cluster([])),
+        ("", Cluster([])),
+        ("{}", Cluster([])),
+        (tf_config({}, {}), Cluster([])),
+        (tf_config(WORKERS, TASK), Cluster(["a:1", "b:2"], 1)),
+        (tf_config({"worker": ["a:1"]}, {"type": "worker", "index": 0}), Cluster(["a:1"], 0)),
+        (tf_config(WITH_CHIEF, {"type": "chief"}), Cluster(["c:0", "a:1", "b:2"], 0)),
+        (tf_config(WITH_CHIEF, TASK), Cluster(["c:0", "a:1", "b:2"], 2)),
     ],
 )
-def test_workers_of_a_cluster(text, workers):
-    assert cluster_workers(text) == workers
+def test_workers_of_a_cluster(text, cluster):
+    assert read_cluster(text) == cluster
 
 
 @pytest.mark.parametrize(
@@ -347,6 +349,8 @@ def test_workers_of_a_cluster(text, workers):
         '{"cluster": {"worker": "a:1"}}',
         '{"cluster": {"worker": [1, 2]}}',
         '{"cluster": {"worker": ["a", "b"]}}',
+        '{"cluster": {"worker": ["a:b", "c:d"]}}',
+        '{"cluster": {"worker": ["a:1", "b:65536"]}}',
         tf_config(WORKERS, {"type": "worker", "index": 2}),
         tf_config(WORKERS, {"type": "worker", "index": -1}),
         tf_config(WORKERS, {"type": "worker", "index": "1"}),
@@ -360,5 +364,5 @@ def test_workers_of_a_cluster(text, workers):
 )
 def test_a_tf_config_that_describes_no_worker_is_refused_in_one_line(text):
     with pytest.raises(InputError, match=r"^TF_CONFIG .*: expected ") as error:
-        cluster_workers(text)
+        read_cluster(text)
     assert "\n" not in str(error.value)

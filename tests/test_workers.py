@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import helpers
@@ -15,9 +16,26 @@ from signalled_trainer import CALLS
 
 from pipeline import storage
 from pipeline.command import FailedError, InputError, LockedError, UnreachableError
-from trainer.workers import Said, Workers, difference
+from trainer.meeting import meet
+from trainer.workers import Cluster, Said, Workers, difference
 
 DEADLINE = 300  # seconds; for what takes about twenty
+
+
+def local_addresses(count):
+    return [f"127.0.0.1:{port}" for port in helpers.free_ports(count)]
+
+
+def begin(dataset, run_dir, index, addresses, *flags, program=("-m", "trainer.task")):
+    """Starts a worker, one process alone where there is one address: it, and where it speaks."""
+    environ = os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
+    if len(addresses) > 1:
+        environ |= signalled_trainer.cluster(addresses, index)
+    own = [*signalled_trainer.arguments(dataset, run_dir), *flags]
+    log = Path(f"{run_dir}.{index}.log")
+    with log.open("w") as said:
+        command = [sys.executable, *program, *own]
+        return subprocess.Popen(command, env=environ, stdout=said, stderr=said), log
 
 
 def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
@@ -29,30 +47,36 @@ def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
         signalled: which worker sends itself a signal, in which call, and which signal.
         flags: more of them, for each.
     """
-    processes, logs = [], []
-    addresses = [f"127.0.0.1:{port}" for port in helpers.free_ports(len(run_dirs))]
+    begun = []
+    addresses = local_addresses(len(run_dirs))
     try:
         for index, run_dir in enumerate(run_dirs):
-            environ = os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
-            if len(run_dirs) > 1:
-                environ |= signalled_trainer.cluster(addresses, index)
-            program = ["-m", "trainer.task"]
+            options = {}
             if signalled and signalled[0] == index:
-                program = [str(signalled_trainer.SCRIPT), *map(str, signalled[1:])]
-            own = [*signalled_trainer.arguments(dataset, run_dir), *flags[index]]
-            logs.append(Path(f"{run_dir}.{index}.log"))
-            with logs[-1].open("w") as said:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *program, *own], env=environ, stdout=said, stderr=said
-                    )
-                )
-        codes = [process.wait(DEADLINE) for process in processes]
+                options["program"] = (signalled_trainer.SCRIPT, *map(str, signalled[1:]))
+            begun.append(begin(dataset, run_dir, index, addresses, *flags[index], **options))
+        codes = [process.wait(DEADLINE) for process, _ in begun]
     finally:
-        for process in processes:
+        for process, _ in begun:
             process.kill()
             process.wait()
-    return codes, [path.read_text() for path in logs]
+    return codes, [log.read_text() for _, log in begun]
+
+
+def waiting(index, addresses):
+    """What the first line of one of two workers is."""
+    other = 1 - index
+    return (
+        f"worker {index}: waiting for the other 1 of 2 workers: worker {other} ({addresses[other]})"
+    )
+
+
+def wait_for_line(process, log, line):
+    deadline = time.monotonic() + DEADLINE
+    while line not in log.read_text().splitlines():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
 
 
 def result(run_dir):
@@ -79,6 +103,69 @@ def alone(small_dataset, tmp_path_factory):
     codes, said = run(small_dataset, [run_dir])
     assert codes == [0], said
     return run_dir
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_stop_of_a_worker_that_waits_for_the_other_ends_it(index, small_dataset, tmp_path):
+    addresses = local_addresses(2)
+    process, log = begin(small_dataset, tmp_path / "run", index, addresses)
+    try:
+        wait_for_line(process, log, waiting(index, addresses))
+        process.terminate()
+        assert process.wait(DEADLINE) == 143
+    finally:
+        process.kill()
+        process.wait()
+    stopped = "stopped by SIGTERM; the same command goes on from the last checkpoint"
+    assert log.read_text().splitlines() == [waiting(index, addresses), stopped]
+    assert [path.name for path in tmp_path.iterdir()] == [log.name]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_worker_may_come_late(first, alone, small_dataset, tmp_path):
+    addresses, run_dir = local_addresses(2), tmp_path / "run"
+    begun = [begin(small_dataset, run_dir, first, addresses)]
+    try:
+        wait_for_line(*begun[0], waiting(first, addresses))
+        begun.append(begin(small_dataset, run_dir, 1 - first, addresses))
+        codes = [process.wait(DEADLINE) for process, _ in begun]
+    finally:
+        for process, _ in begun:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], [log.read_text() for _, log in begun]
+    assert result(run_dir) == result(alone)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_waits_in_vain_names_the_one_that_is_missing(index, small_dataset, tmp_path):
+    addresses = local_addresses(2)
+    code = "from trainer import meeting, task; meeting.MEETING_SECONDS = 0.5; task.main()"
+    process, log = begin(small_dataset, tmp_path / "run", index, addresses, program=("-c", code))
+    assert process.wait(DEADLINE) == 1, log.read_text()
+    missing = ("worker 1 ({1}) did not come", "worker 0 ({0}) did not answer")[index]
+    line = missing.format(*addresses) + " within 0.5 s"
+    assert log.read_text().count("\n") == 2
+    assert errors([log.read_text()]) == [line]
+    assert [path.name for path in tmp_path.iterdir()] == [log.name]
+
+
+def test_a_worker_whose_other_ends_as_they_are_connected_does_not_wait_for_ever(
+    small_dataset, tmp_path
+):
+    addresses = local_addresses(2)
+    code = "from trainer import strategy, task; strategy.CONNECT_SECONDS = 2; task.main()"
+    process, log = begin(small_dataset, tmp_path / "run", 0, addresses, program=("-c", code))
+    try:
+        wait_for_line(process, log, waiting(0, addresses))
+        meet(Cluster(addresses, 1))  # and no more of it
+        assert process.wait(DEADLINE) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert "Timeout (0:00:02)!" in log.read_text()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.campaign
@@ -179,7 +266,10 @@ def test_workers_of_a_finished_run_have_nothing_to_do(alone, small_dataset):
     before = helpers.tree(alone)
     codes, said = run(small_dataset, [alone] * 2)
     assert codes == [0, 0], said
-    assert said == [f"{alone}: already trained and exported\n", ""]
+    assert [text.splitlines()[1:] for text in said] == [
+        [f"{alone}: already trained and exported"],
+        [],
+    ]
     assert helpers.tree(alone) == before
 
 

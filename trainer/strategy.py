@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.command import InputError
+from trainer.meeting import meet
 from trainer.stop import StopSignal
-from trainer.workers import EndedError, Workers, in_cluster
+from trainer.workers import EndedError, Workers, in_cluster, read_cluster
+
+CONNECT_SECONDS = 300.0  # for what takes less than one, or where GPUs are slow to start, several
 
 
 def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.Strategy:
@@ -28,13 +33,14 @@ def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.
     Raises:
         InputError: more replicas than GPUs, another number than the workers have, or a
             TF_CONFIG that describes no cluster.
+        UnreachableError: not all workers of TF_CONFIG have come.
     """
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:  # some of their kernels add up in any order otherwise
         tf.config.experimental.enable_op_determinism()
     if in_cluster():
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        strategy = _connect()
         if replicas not in (None, strategy.num_replicas_in_sync):
             raise InputError(
                 f"--replicas {replicas}: the workers of TF_CONFIG have"
@@ -54,6 +60,21 @@ def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.
         [tf.config.LogicalDeviceConfiguration()] * count,
     )
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+
+
+def _connect() -> tf.distribute.Strategy:
+    """Waits for the other workers, and makes the strategy of all of them.
+
+    Once all have come, TensorFlow takes moments; but where one of them has ended in between, it
+    may wait without end, and lets nothing of Python run: what ends the process then is a thread of
+    C's.
+    """
+    meet(read_cluster(os.environ.get("TF_CONFIG")))
+    faulthandler.dump_traceback_later(CONNECT_SECONDS, exit=True)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:

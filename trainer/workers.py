@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -103,13 +104,31 @@ def difference(said: list[Said]) -> InputError | None:
     return None
 
 
+def is_address(value: object) -> bool:
+    """Whether a value is host:port."""
+    found = re.fullmatch(r".+:(\d{1,5})", value) if isinstance(value, str) else None
+    return found is not None and int(found[1]) < 2**16
+
+
+class Cluster(NamedTuple):
+    """The workers of TF_CONFIG, and which of them this process is.
+
+    Attributes:
+        addresses: of all workers, host:port, the chief first; [] where it is not set.
+        rank: of this one among them.
+    """
+
+    addresses: list[str]
+    rank: int = 0
+
+
 def in_cluster() -> bool:
-    """Whether TF_CONFIG makes this process one of several workers; raises as `cluster_workers`."""
-    return len(cluster_workers(os.environ.get("TF_CONFIG"))) > 1
+    """Whether TF_CONFIG makes this process one of several workers; raises as `read_cluster`."""
+    return len(read_cluster(os.environ.get("TF_CONFIG")).addresses) > 1
 
 
-def cluster_workers(text: str | None) -> list[str]:
-    """The addresses of the workers in TF_CONFIG, the chief first; [] where it is not set.
+def read_cluster(text: str | None) -> Cluster:
+    """Reads TF_CONFIG.
 
     Args:
         text: as Vertex AI sets it, ``{"cluster": {"worker": ["host:port", ...]},
@@ -119,7 +138,7 @@ def cluster_workers(text: str | None) -> list[str]:
         InputError: it is something else, or this process is to be something else.
     """
     if not text:
-        return []
+        return Cluster([])
 
     def refuse(expected: str) -> InputError:
         return InputError(f"TF_CONFIG {text!r}: expected {expected}")
@@ -134,15 +153,13 @@ def cluster_workers(text: str | None) -> list[str]:
         raise refuse(
             '{"cluster": {"worker": [...]}, "task": {"type": "worker", "index": 0}}'
         ) from None
-    if not all(
-        isinstance(hosts, list) and all(isinstance(host, str) and ":" in host for host in hosts)
-        for hosts in jobs.values()
-    ):
+    if not all(isinstance(hosts, list) and all(map(is_address, hosts)) for hosts in jobs.values()):
         raise refuse("addresses like host:port in its cluster")
     if others:
         raise refuse(f"a cluster of chief and worker alone, not {others[0]}")
     if not cluster:
-        return []
+        return Cluster([])
     if kind not in list(jobs) or type(rank) is not int or not 0 <= rank < len(jobs[kind]):
         raise refuse(f"its task to be one of its cluster, not {kind} {rank}")
-    return jobs["chief"] + jobs["worker"]
+    before = len(jobs["chief"]) if kind == "worker" else 0
+    return Cluster(jobs["chief"] + jobs["worker"], before + rank)

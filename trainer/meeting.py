@@ -1,0 +1,156 @@
+"""Where the workers of a cluster wait for each other, before TensorFlow connects them.
+
+TensorFlow's own wait cannot be ended: it holds Python's lock, takes SIGTERM for itself, and that
+of the first worker knows no limit. So the first worker listens here, at the address where
+TensorFlow listens after it; the others knock there until they hear that all have come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable
+
+from pipeline.command import InputError, UnreachableError, log
+from trainer.workers import Cluster
+
+MEETING_SECONDS = 900.0  # machines of one job come up minutes apart
+KNOCK_SECONDS = 0.5  # between two attempts
+CONNECT_SECONDS = 10.0  # for one of them
+HELLO = re.compile(rb"digits worker (\d+)\n")
+ALL_HERE = b"digits: all here\n"
+MISSING = b"digits: missing: "
+
+
+def meet(cluster: Cluster) -> None:
+    """Returns once every worker of a cluster is here.
+
+    Raises:
+        UnreachableError: not all of them came in `MEETING_SECONDS`; the message says who did not.
+        InputError: the first worker cannot listen at its address.
+    """
+    others = [each for each in range(len(cluster.addresses)) if each != cluster.rank]
+    log.info(
+        "worker %d: waiting for the other %d of %d workers: %s",
+        cluster.rank,
+        len(others),
+        len(cluster.addresses),
+        _names(cluster, others),
+    )
+    if cluster.rank == 0:
+        _receive(cluster, MEETING_SECONDS)
+    else:
+        _knock(cluster, MEETING_SECONDS)
+
+
+def _names(cluster: Cluster, ranks: Iterable[int]) -> str:
+    return ", ".join(f"worker {rank} ({cluster.addresses[rank]})" for rank in ranks)
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _receive(cluster: Cluster, seconds: float) -> None:
+    """As the first worker: waits until each of the others is here, and tells them all."""
+    deadline = time.monotonic() + seconds
+    with _Door(cluster.addresses[0]) as door:
+        while missing := sorted(set(range(1, len(cluster.addresses))) - door.guests.keys()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                said = f"{_names(cluster, missing)} did not come within {seconds:g} s"
+                door.tell(MISSING + said.encode())
+                raise UnreachableError(said)
+            door.look(left)
+        door.tell(ALL_HERE)
+
+
+def _knock(cluster: Cluster, seconds: float) -> None:
+    """As any other worker: waits until the first one says that all are here.
+
+    It may come late itself, and then it is the one who knows how long to wait.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = b""
+        with (
+            contextlib.suppress(OSError),  # not here yet, or gone again
+            socket.create_connection(_place(cluster.addresses[0]), CONNECT_SECONDS) as first,
+        ):
+            first.settimeout(seconds + CONNECT_SECONDS)  # it gives up first, and says why
+            first.sendall(b"digits worker %d\n" % cluster.rank)
+            answer = first.recv(65536)
+        if answer == ALL_HERE:
+            return
+        if answer.startswith(MISSING):
+            raise UnreachableError(answer.removeprefix(MISSING).decode())
+        time.sleep(KNOCK_SECONDS)
+    raise UnreachableError(f"{_names(cluster, [0])} did not answer within {seconds:g} s")
+
+
+class _Door:
+    """Where the first worker listens; whoever says no rank is shown out.
+
+    Attributes:
+        guests: the connections of the workers that are here, by rank.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.guests: dict[int, socket.socket] = {}
+        try:
+            self._door = socket.create_server(("", _place(address)[1]))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)  # Python's own names the address as well
+            raise InputError(f"worker 0 cannot listen at {address}: {reason}") from None
+        self._selector = selectors.DefaultSelector()
+        self._open: set[socket.socket] = set()
+        self._watch(self._door, self._accept)
+
+    def __enter__(self) -> _Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in list(self._open):
+            self._close(each)
+        self._selector.close()
+
+    def look(self, seconds: float) -> None:
+        """Waits so long, at most, for somebody to come, to speak or to go, and sees to it."""
+        for key, _ in self._selector.select(seconds):
+            key.data()
+
+    def tell(self, said: bytes) -> None:
+        """Tells all guests something short."""
+        for guest in self.guests.values():
+            with contextlib.suppress(OSError):
+                guest.sendall(said)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # gone again
+            guest, _ = self._door.accept()
+            self._watch(guest, lambda: self._hear(guest))
+
+    def _hear(self, guest: socket.socket) -> None:
+        said = b""
+        with contextlib.suppress(OSError):
+            said = guest.recv(64)
+        self.guests = {rank: each for rank, each in self.guests.items() if each is not guest}
+        if found := HELLO.fullmatch(said):
+            self.guests[int(found[1])] = guest
+        else:
+            self._close(guest)
+
+    def _watch(self, connection: socket.socket, see_to_it: Callable[[], None]) -> None:
+        connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ, see_to_it)
+        self._open.add(connection)
+
+    def _close(self, connection: socket.socket) -> None:
+        self._open.remove(connection)
+        self._selector.unregister(connection)
+        connection.close()

@@ -180,7 +180,9 @@ def test_a_stop_of_one_worker_stops_both_and_they_end_as_one_would(
     steps = 10 * call if call <= CALLS else 25 + 10 * (call - CALLS)
     assert checkpoints(run_dir)[-1] == f"step-{steps:08d}.ckpt"
     stopped = "stopped by SIGTERM after saving; the same command goes on from here"
-    assert errors(said) == [stopped] * 2
+    assert not any("Traceback" in text for text in said), said
+    # Not the last line always: TensorFlow may note that the other worker has ended.
+    assert [text.splitlines().count(stopped) for text in said] == [1, 1], said
 
     codes, said = run(small_dataset, [run_dir] * 2)
     assert codes == [0, 0], said

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 
 import doomed
@@ -50,10 +51,37 @@ task.main()
 """
 
 
-def run(dataset, run_dir, **killed):
+# What is drawn or read while a step is taken: all of it at once.
+DRAWN = (
+    "--input=stream",
+    "--dropout=0.2",
+    "--rotate=10",
+    "--scale=0.1",
+    "--shear=0.1",
+    "--shift=2",
+    "--elastic_alpha=8",
+    "--elastic_sigma=4",
+    "--calm_epochs=2",
+)
+
+
+def run(dataset, run_dir, flags=(), **killed):
     """Runs the command to its end, its own or ours."""
-    arguments = ("--dataset_dir", dataset, "--run_dir", run_dir, *FLAGS)
+    arguments = ("--dataset_dir", dataset, "--run_dir", run_dir, *FLAGS, *flags)
     return doomed.run(COMMAND, run_dir, *arguments, **killed)
+
+
+def kill(dataset, run_dir, how, moment):
+    """Runs the command until it is killed.
+
+    One that ended before its time had come runs anew, to be killed in half that time.
+    """
+    code, log, *_ = run(dataset, run_dir, how=how, moment=moment)
+    if how == "seconds" and code == 0:
+        shutil.rmtree(run_dir)
+        kill(dataset, run_dir, how, moment / 2)
+        return
+    assert code == -signal.SIGKILL, log
 
 
 def result(run_dir):
@@ -93,14 +121,25 @@ def test_killed_at_a_moment_it_ends_the_same(how, moment, undisturbed, small_dat
     if how in ("step", "seconds"):
         moment = int(moment * steps) if how == "step" else moment * seconds
     run_dir = tmp_path / "run"
-    code, log, *_ = run(small_dataset, run_dir, how=how, moment=moment)
-    if how == "seconds" and code == 0:  # it was faster than the one that nothing disturbed
-        assert result(run_dir) == expected
-        return
-    assert code == -signal.SIGKILL, log
+    kill(small_dataset, run_dir, how, moment)
     ended = run(small_dataset, run_dir)
     assert ended.code == 0, ended.log
     assert result(run_dir) == expected
     left = [name for name in helpers.tree(run_dir) if "incomplete" in name or "/." in name]
     assert left == []
     assert len(list((run_dir / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.campaign
+def test_killed_where_all_is_drawn_and_streamed_it_ends_the_same(small_dataset, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ended = run(small_dataset, whole, DRAWN)
+    assert ended.code == 0, ended.log
+    for checkpoint in (3, 9):  # in the first epoch, and in the second
+        ended = run(small_dataset, cut, DRAWN, how="checkpoint", moment=checkpoint)
+        assert ended.code == -signal.SIGKILL, ended.log
+    assert {int(path.stem[5:]) for path in (cut / "checkpoints").glob("step-*")} == {93, 103}
+    ended = run(small_dataset, cut, DRAWN)
+    assert ended.code == 0, ended.log
+    assert "epoch 1/4" not in ended.log
+    assert result(cut) == result(whole)

@@ -248,6 +248,20 @@ def test_other_flags_on_the_same_folder_are_refused(finished, small_dataset):
     assert helpers.tree(finished) == before
 
 
+def test_by_hand_a_run_comes_to_what_it_comes_to_by_the_tape(finished, small_dataset, tmp_path):
+    run_dir = tmp_path / "run"
+    done = train(small_dataset, run_dir, gradients="manual")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "config.json").read_text())["gradients"] == "manual"
+    for line, other in zip(lines_of(run_dir), lines_of(finished), strict=True):
+        for name in ("epoch", "step", "accuracy", "val_accuracy"):
+            assert line[name] == other[name]
+        for name in ("loss", "val_loss"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5)
+    for weight, other in zip(weights_of(run_dir), weights_of(finished), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=0, atol=1e-5)
+
+
 # Stopped, killed
 
 

@@ -4,9 +4,10 @@ python -m benchmarks.gpu_check
 
     losses      epochs on the GPUs add up to the losses of a CPU
     resume      a run that is killed in the middle ends in the weights of one that is not
-    --reproducible      one, two and four GPUs end in the same weights, bit for bit
+    --reproducible      a run on one GPU, and one on each of one, two and four that is killed in
+                the middle, end in the same weights, bit for bit
     --tf32      how far its losses are from a CPU's
-    speed       examples per second, of a small set
+    speed       examples per second of `benchmarks.train`: 50,000 in batches of 128
 
 Ends with 1 if anything differs, and with 0 where there is no GPU, saying so. What takes more GPUs
 than there are is not checked, and told.
@@ -30,6 +31,7 @@ TOLERANCE = 1e-4  # of losses: float32, added up in another order
 COUNTS = (1, 2, 4)
 TRAIN = ("trainer.task", "--epochs=6", "--steps_per_call=2")
 LOOK_SECONDS = 0.01
+EXAMPLES = 50_000  # of an epoch of `benchmarks.train`
 
 
 class Found(NamedTuple):
@@ -45,16 +47,18 @@ class Found(NamedTuple):
 
 
 def start(*words: str, cpu: bool = False) -> subprocess.Popen[bytes]:
-    """Starts a command of this repository, quietly."""
+    """Starts a command of this repository, its output to be read."""
     hidden = {"CUDA_VISIBLE_DEVICES": "-1"} if cpu else {}
     command_line = [sys.executable, "-m", *words]
-    return subprocess.Popen(command_line, env=os.environ | hidden, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command_line, env=os.environ | hidden, stdout=subprocess.PIPE)
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Waits for a command; raises if it fails."""
-    if process.wait():
+def finish(process: subprocess.Popen[bytes]) -> bytes:
+    """Waits for a command, and gives what it printed; raises if it fails."""
+    output, _ = process.communicate()
+    if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
+    return output
 
 
 def train(folder: Path, name: str, *flags: str, cpu: bool = False, killed: bool = False) -> Found:
@@ -78,6 +82,11 @@ def train(folder: Path, name: str, *flags: str, cpu: bool = False, killed: bool 
     return Found(model["weights_sha256"], [json.loads(line) for line in text.splitlines()])
 
 
+def speed(replicas: int) -> float:
+    """Examples per second of this many replicas."""
+    return EXAMPLES / float(finish(start("benchmarks.train", f"--one_of_replicas={replicas}")))
+
+
 def tell(what: str, *, is_so: bool) -> bool:
     """Prints one line of the result."""
     print(f"{'ok  ' if is_so else 'FAIL'}  {what}", flush=True)
@@ -88,22 +97,23 @@ def check(gpus: int, folder: Path) -> bool:
     """Compares; whether everything that could be checked is as it should be."""
     finish(start("pipeline.preprocess", "--source=digits", f"--output_dir={folder / 'data'}"))
     cpu = train(folder, "cpu", "--replicas=1", cpu=True)
-    good, checksums = [], set()
+    good = []
+    checksums = {train(folder, "same", "--replicas=1", "--reproducible").sha256}
     counts = [count for count in COUNTS if count <= gpus]
     for count in counts:
         flag = f"--replicas={count}"
         found = train(folder, f"gpu-{count}", flag)
         again = train(folder, f"killed-{count}", flag, killed=True)
-        checksums.add(train(folder, f"same-{count}", flag, "--reproducible").sha256)
+        same = train(folder, f"same-{count}", flag, "--reproducible", killed=True)
+        checksums.add(same.sha256)
         difference = found.difference(cpu)
-        speed = f"{found.lines[-1]['examples_per_second']:,.0f} examples/s"
-        losses = f"{count} x GPU: losses within {difference:.1e} of a CPU's; {speed}"
+        losses = f"{count} x GPU: losses within {difference:.1e} of a CPU's"
         good.append(tell(losses, is_so=difference < TOLERANCE))
         resumed = f"{count} x GPU: killed and gone on, the same weights bit for bit"
         good.append(tell(resumed, is_so=again.sha256 == found.sha256))
-    if len(counts) > 1:
-        equal = f"--reproducible: {len(checksums)} sha256 over {counts} GPUs"
-        good.append(tell(equal, is_so=len(checksums) == 1))
+        print(f"told  {count} x GPU: {speed(count):,.0f} examples/s")
+    equal = f"--reproducible: {len(checksums)} sha256 over {counts} GPUs, killed on each"
+    good.append(tell(equal, is_so=len(checksums) == 1))
     left_out = [count for count in COUNTS if count > gpus]
     if left_out:
         print(f"not checked: --reproducible over {left_out} GPUs; this machine has {gpus}")

@@ -1,6 +1,7 @@
 """The contestants of `benchmarks.train`: each gives a function that trains one epoch.
 
-All start from the weights that this trainer draws, and take the same batches in the same order.
+All start from the weights that this trainer draws, take the same batches in the same order, and
+give the mean loss of the epoch, which shows that they do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 
 from trainer.config import PRESETS, TrainConfig
 
-Epoch = Callable[[int], Any]
+# The number of an epoch -> its mean loss; None where that cannot be compared
+Epoch = Callable[[int], float | None]
 CORE = dataclasses.replace(PRESETS["core"], schedule="constant")  # as the peers have it
 BATCH = CORE.batch_size
 DEFORMED = {
@@ -34,10 +36,11 @@ class Work(NamedTuple):
 
 
 def make_work(examples: int, hidden: tuple[int, ...] = CORE.hidden_units) -> Work:
-    """Random images: the time does not depend on what they show."""
+    """Random images, which the time does not depend on, of classes that can be learned."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (examples, 784), np.uint8) / np.float32(255)
-    return Work(images, random.integers(0, 10, examples), hidden)
+    answers = (images - np.float32(0.5)) @ random.standard_normal((784, 10), np.float32)
+    return Work(images, answers.argmax(axis=1), hidden)
 
 
 def batches(work: Work, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,13 +75,16 @@ def ours(strategy: Any, work: Work, *, dataset: Path | None = None, **settings: 
     with strategy.scope():
         model = MLP(784, work.hidden, 10, seed=config.seed)
         update = make_update(config, model.weights, -(-source.size // config.batch_size))
-    run = step.make_train_steps(strategy, model, update, source, config, deform=make_deform(config))
+    deform = make_deform(config)
+    run = step.make_train_steps(strategy, model, update, source, config, deform=deform)
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> float | None:
         indices, mask = data.cut(source.order(number), config.batch_size)
+        total = 0.0
         for first in range(0, len(indices), config.steps_per_call):
             steps = slice(first, first + config.steps_per_call)
-            run(indices[steps], mask[steps], number)
+            total += run(indices[steps], mask[steps], number).loss
+        return None if dataset or deform else total / source.size
 
     return epoch
 
@@ -96,10 +102,11 @@ def keras(work: Work, **options: Any) -> Epoch:
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"], **options)
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> float:
         rows = data.epoch_order(CORE.seed, number, len(work.labels))
         images, labels = work.images[rows], work.labels[rows]
-        model.fit(images, labels, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
+        done = model.fit(images, labels, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
+        return done.history["loss"][0]
 
     return epoch
 
@@ -128,8 +135,9 @@ def jax(work: Work) -> Epoch | None:
         t += 1
         means = [0.9 * m + 0.1 * g for m, g in zip(means, found, strict=True)]
         squares = [0.999 * v + 0.001 * g * g for v, g in zip(squares, found, strict=True)]
+        rate, root = 1e-3 / (1 - 0.9**t), jax.lax.rsqrt(1 - 0.999**t)  # as `optimizers.adam`
         weights = [
-            w - 1e-3 * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-7)
+            w - rate * m / (root * jnp.sqrt(v) + 1e-7)
             for w, m, v in zip(weights, means, squares, strict=True)
         ]
         return (weights, means, squares, t), sums
@@ -143,9 +151,9 @@ def jax(work: Work) -> Epoch | None:
     zeros = [jnp.zeros_like(w) for w in weights]
     state = [(weights, zeros, zeros, jnp.float32(0))]
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> float:
         state[0], total, _ = run(state[0], *batches(work, number))
-        float(total)
+        return float(total) / len(work.labels)
 
     return epoch
 
@@ -166,7 +174,7 @@ def torch(work: Work) -> Epoch | None:
     model = torch.nn.Sequential(*hidden, dense[-1])
     adam = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-7, fused=True)
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> float:
         total = 0.0
         for rows, mask in zip(*batches(work, number), strict=True):
             chosen = torch.from_numpy(rows[mask == 1].astype(np.int64))
@@ -174,8 +182,8 @@ def torch(work: Work) -> Epoch | None:
             loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
             loss.backward()
             adam.step()
-            total += loss.detach()
-        float(total)
+            total += loss.detach() * len(chosen)
+        return float(total) / len(work.labels)
 
     return epoch
 
@@ -206,10 +214,13 @@ def tutorial(work: Work) -> Epoch:
             w.assign_sub(1e-3 * m_hat / (tf.sqrt(v_hat) + 1e-7))
         return loss
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> float:
+        total = 0.0
         for rows, mask in zip(*batches(work, number), strict=True):
             chosen = rows[mask == 1]
-            float(train_step(tf.constant(work.images[chosen]), tf.constant(work.labels[chosen])))
+            x, y = tf.constant(work.images[chosen]), tf.constant(work.labels[chosen])
+            total += float(train_step(x, y)) * len(chosen)
+        return total / len(work.labels)
 
     return epoch
 
@@ -239,4 +250,7 @@ def products(work: Work) -> Epoch:
         start = (tf.constant(0), x, tf.constant(0.0))
         return tf.while_loop(lambda i, *_: i < steps, step, start)[2]
 
-    return lambda _: float(run(work.images[:BATCH], weights))
+    def epoch(number: int) -> None:
+        float(run(work.images[:BATCH], weights))
+
+    return epoch

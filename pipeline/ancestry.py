@@ -6,7 +6,8 @@ still holds are asked for the ids of their records.
 
 Synopsis::
 
-    start = settle(root, run_dir, "models/3", dataset_dir, manifest)  # None: from new weights
+    # None: from new weights.
+    start = starting_model(root, run_dir, "models/3", dataset_dir, manifest)
     decision = told(decision, run_dir)
 """
 
@@ -32,7 +33,7 @@ NAMED = 3  # datasets in a sentence
 UNNAMED = "those that its description does not name"
 
 
-def settle(
+def starting_model(
     root: Place, run_dir: Place, start: str | None, dataset_dir: Place, manifest: Manifest
 ) -> Place | None:
     """The model that a run begins from; None where it is to begin from new weights.
@@ -51,7 +52,7 @@ def settle(
         return None
     note = read_note(run_dir)
     if note is None:
-        note = look(root, start, dataset_dir, manifest)
+        note = examine(root, start, dataset_dir, manifest)
         storage.write_atomic(run_dir / NOTE_FILE, json.dumps(note, indent=2) + "\n")
         if (said := in_words(note)) is not None:
             log.warning("%s", said)
@@ -59,7 +60,7 @@ def settle(
 
 
 def read_note(run_dir: Place) -> dict[str, Any] | None:
-    """What `settle` found, if the run was to start from another model."""
+    """What `starting_model` found, if the run was to start from another model."""
     return plan.read_json(run_dir / NOTE_FILE)
 
 
@@ -92,7 +93,7 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= NAMED else f"{len(names)} of them ({shown}, ...)"
 
 
-def look(root: Place, start: str, dataset_dir: Place, manifest: Manifest) -> dict[str, Any]:
+def examine(root: Place, start: str, dataset_dir: Place, manifest: Manifest) -> dict[str, Any]:
     """Counts the images of test that a model has learned from; the content of `NOTE_FILE`.
 
     Args:

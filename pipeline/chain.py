@@ -11,7 +11,8 @@ from pipeline import (
     ancestry,
     command,
     commands,
-    gate,
+    decisions,
+    ends,
     judging,
     ledger,
     options,
@@ -26,15 +27,11 @@ from pipeline import (
 from pipeline.command import InputError, LockedError, UnreachableError, log, show
 from pipeline.dataset import MANIFEST_NAME, SPLITS, Manifest, check_files, load_manifest
 from pipeline.judging import Verdict
-from pipeline.ledger import Line
 from pipeline.models import MODEL_FILE
 from pipeline.plan import DECISION_FILE, REPORT, Request
 from pipeline.stages import StageError, Stages
 from pipeline.storage import Place
 
-FAILURES_FILE = "failures.jsonl"
-MAX_FAILURES = 3  # of one run; then it must not stand in the way of others any longer
-VERTEX = "pipeline.vertex"  # the stage whose 143 says that its job was cancelled, by whomever
 SPLIT = "test"  # what models are judged on
 
 
@@ -61,19 +58,21 @@ def finish(root: Place, request: Request, stages: Stages) -> int:
             storage.discard(run_dir, last=plan.REQUEST_FILE)
             log.info("nothing new: the same images as those of run %s", twin)
             return command.DONE
-        start = ancestry.settle(root, run_dir, request.initial_weights, dataset_dir, manifest)
+        start = ancestry.starting_model(
+            root, run_dir, request.initial_weights, dataset_dir, manifest
+        )
         stages.run(*trainers.command_line(root, request, start))
         verdict = judging.judge(root, request, dataset_dir, manifest, stages)
     except AbandonedError as error:
         log.warning("run %s: abandoned: %s", request.run_id, error)
-        _close(root, request, stages, outcome="abandoned", reason=str(error))
+        ends.close(root, request, stages, outcome="abandoned", reason=str(error))
         return command.DONE
     except StageError as error:
-        return _failed(root, request, stages, error)
+        return ends.failed(root, request, stages, error)
     except (LockedError, UnreachableError):
         raise
     except InputError as error:  # it stays wrong, and would stand in the way of what is new
-        _close(root, request, stages, outcome="failed", reason=str(error))
+        ends.close(root, request, stages, outcome="failed", reason=str(error))
         raise
     _carry_out(root, request, stages, verdict)
     show_outcome(run_dir, registry.champion(root))
@@ -86,7 +85,7 @@ def put_in_order(root: Place) -> None:
     Of runs, those go that were killed before their request stood, or as it was removed. In a
     bucket there is no folder without files, and a request is its first and its last.
     """
-    registry.settle(root)
+    registry.discard_unpromoted(root)
     storage.recover_all(root / registry.MODELS)
     storage.discard_leftovers(root / plan.RUNS)
     storage.discard_leftovers(root / plan.DATASETS)
@@ -151,7 +150,7 @@ def _damage(dataset_dir: Place) -> str | None:
 
 def _twin(root: Place, request: Request, manifest: Manifest) -> str | None:
     """The run, if any, in which the same images were judged, although they came otherwise."""
-    if request.repeat or request.force_reason is not None:
+    if request.repeat:
         return None
     found = ledger.find_judged(
         ledger.read(root),
@@ -161,9 +160,8 @@ def _twin(root: Place, request: Request, manifest: Manifest) -> str | None:
     )
     if found is None or found["run_id"] == request.run_id:
         return None
-    if not plan.stands(state.look(root), found):
-        return None
-    return str(found["run_id"])
+    stands = plan.stands(state.look(root), found)
+    return str(found["run_id"]) if stands and plan.answers(root, found, request) else None
 
 
 def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) -> None:
@@ -176,10 +174,10 @@ def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) 
         stages.hold()
         champion = registry.champion(root)
         standing = champion if champion and champion.run_id == request.run_id else None
-        if standing is None and not gate.is_about(decision, champion):
+        if standing is None and not decisions.is_about(decision, champion):
             raise LockedError(f"{root}: another process has put another champion in place")
         version = standing or _publish(root, request, decision)
-    _close(
+    ends.close(
         root,
         request,
         stages,
@@ -208,59 +206,6 @@ def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registr
         sources=decision["sources"],
     )
     return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT)
-
-
-def _close(root: Place, request: Request, stages: Stages, **known: Any) -> None:
-    """Enters the end of a run in the ledger."""
-    stages.hold()
-    line = Line(
-        run_id=request.run_id,
-        window=request.window,
-        fingerprint=request.fingerprint,
-        config_id=request.config_id,
-        request=plan.checksum_of_request(root, request.run_id),
-        **known,
-    )
-    ledger.append(root, line, attempt=request.attempt)
-
-
-def _failed(root: Place, request: Request, stages: Stages, error: StageError) -> int:
-    """Says what failed and how to go on; closes a run that is not to be tried again.
-
-    A stage that somebody else ended by a SIGTERM has failed; a job that was cancelled where it is
-    kept has not. Wrong input stays wrong, so the run is closed at once, and the same command
-    begins it anew.
-    """
-    was_cancelled = error.stage == VERTEX and error.code == command.TERMINATED
-    if error.code == command.LOCKED or error.stopped or was_cancelled:
-        return error.code
-    if error.code == command.UNREACHABLE:  # no fault of the run's; there may be nobody to ask
-        hope = "once the server answers or has room, the same command goes on from here"
-        log.error("run %s: %s; %s", request.run_id, error, hope)
-        return command.FAILED
-    is_over = True
-    if error.code == command.BAD_INPUT:
-        hope = "once that is put right, the same command begins it anew"
-    elif error.code == command.FULL_DISK:  # no fault of the run's: it does not count
-        is_over, hope = False, "once there is room, the same command goes on from here"
-    elif _count_failure(root, request, error) < MAX_FAILURES:
-        is_over, hope = False, "the same command goes on from here"
-    else:
-        hope = f"given up after {MAX_FAILURES} attempts; the next command begins anew"
-    champion = "the champion stays" if registry.champion(root) else "there is no champion yet"
-    log.error("run %s: %s; %s; %s", request.run_id, error, champion, hope)
-    if is_over:
-        _close(root, request, stages, outcome="failed", reason=str(error))
-    return command.BAD_INPUT if error.code == command.BAD_INPUT else command.FAILED
-
-
-def _count_failure(root: Place, request: Request, error: StageError) -> int:
-    """Notes that a run failed; returns how often it has since it was begun."""
-    path = plan.run_folder(root, request.run_id) / FAILURES_FILE
-    entry = {"attempt": request.attempt, "stage": error.stage, "code": error.code}
-    with contextlib.suppress(OSError):  # the disk may be full, and then that is what failed
-        ledger.append_json(path, entry)
-    return sum(each.get("attempt") == request.attempt for each in ledger.read_json(path))
 
 
 def show_outcome(

@@ -11,65 +11,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions, TestOptions
 
-from pipeline import gcs_publish, storage
-from pipeline.command import FailedError, InputError, LockedError, StoppedError, log
+from pipeline import dataflow_notes, storage
+from pipeline.command import FailedError, InputError, StoppedError, UnreachableError, log
+from pipeline.dataflow_follow import DONE, ENDED, failure, follow, last_line
+from pipeline.dataflow_notes import Note, take_up
 from pipeline.dataflow_options import DETACH, JobOptions
-from pipeline.gcs import GcsPath
 from pipeline.interrupts import Interrupts
-from pipeline.redaction import one_line, without_secrets
-from pipeline.runners import Work, error_in
+from pipeline.runners import Work
 
 if TYPE_CHECKING:
     import apache_beam as beam
 
     from pipeline.dataflow_client import Client
 
-POLL_SECONDS = 5.0
-EXPLAIN_SECONDS = 50.0  # a job's reason can follow some while after its failure
 CANCEL_SECONDS = 120.0  # for a job to end that was cancelled
-
-DONE = "JOB_STATE_DONE"
-ENDED = {
-    DONE: "is done",
-    "JOB_STATE_FAILED": "failed",
-    "JOB_STATE_CANCELLED": "was cancelled",
-    "JOB_STATE_UPDATED": "was replaced by another job",
-    "JOB_STATE_DRAINED": "was drained",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Note:
-    """Which job it is, and what for.
-
-    Attributes:
-        identity: see `Work`.
-    """
-
-    project: str
-    region: str
-    job_id: str
-    identity: str
-
-    def __str__(self) -> str:
-        return f"job {self.job_id}"
-
-    @property
-    def console(self) -> str:
-        """Its page."""
-        place = f"https://console.cloud.google.com/dataflow/jobs/{self.region}/{self.job_id}"
-        return f"{place}?project={self.project}"
-
-    def command(self, verb: str) -> str:
-        """What to type to ``show`` or ``cancel`` it."""
-        where = f"--region {self.region} --project {self.project}"
-        return f"gcloud dataflow jobs {verb} {self.job_id} {where}"
 
 
 def job_name(work: Work) -> str:
@@ -96,7 +55,7 @@ def prepare(pipeline: beam.Pipeline, work: Work) -> Any:
 
 def describe(pipeline: beam.Pipeline, work: Work) -> dict[str, Any]:
     """What `run` would send to be staged, and the request that would follow; sends nothing."""
-    from pipeline.dataflow_client import Unsent
+    from pipeline.dataflow_staging import Unsent
 
     job = prepare(pipeline, work)
     client = Unsent(job.options)
@@ -119,6 +78,9 @@ def describe(pipeline: beam.Pipeline, work: Work) -> dict[str, Any]:
 def run(pipeline: beam.Pipeline, work: Work) -> Any:
     """Runs a pipeline as a job, to its end, and returns its metrics (Beam's).
 
+    The note on a job that is done stays until its result is published: a command that is killed
+    before that pays for no second one.
+
     Raises:
         InputError: a worker met wrong input, or the service refuses the request.
         LockedError: another job is at work for the same output.
@@ -139,91 +101,59 @@ def run(pipeline: beam.Pipeline, work: Work) -> Any:
                 client.create_job_description(job)
                 _write_job_file(job)
                 with interrupts.held():  # a job that was begun is to be known
-                    note = _submit(client, job, work)
+                    note = announce(job, work)
+                    note = submit(client, job, note, work)
             state, said = follow(client, note)
         except (StoppedError, KeyboardInterrupt) as stop:
-            if note is None:
-                said = "no job was submitted"
-            elif how == DETACH:
-                said = leave(note)
-            else:
-                said = cancel(client, note, work)
+            said = stopped(client, note, work, how)
             log.info("%s", said)
             raise type(stop)(said) from None
-    _let_go(work)
     if state != DONE:
+        dataflow_notes.remove(work)
         raise failure(note, state, said)
     return client.metrics(note)
 
 
-def _submit(client: Client, job: Any, work: Work) -> Note:
+def announce(job: Any, work: Work) -> Note:
+    """Notes a job that is about to be asked for."""
     note = Note(
         project=job.google_cloud_options.project,
         region=job.google_cloud_options.region,
-        job_id=client.create(job).id,
+        name=job.proto.name,
+        request_id=job.proto.client_request_id,
         identity=work.identity,
     )
-    log.info("%s: %s", note, note.console)
-    if isinstance(work.folder, GcsPath):
-        gcs_publish.keep(work.folder, dataclasses.asdict(note))
+    dataflow_notes.write(note, work)
     return note
 
 
-def take_up(client: Client, work: Work) -> Note | None:
-    """Looks for a job that was left running for the same output; None: one is to be submitted.
-
-    Raises:
-        LockedError: it is still at work, and makes something else of it.
-    """
-    if not isinstance(work.folder, GcsPath) or (found := gcs_publish.kept(work.folder)) is None:
-        return None
-    note = Note(**{field.name: str(found.get(field.name)) for field in dataclasses.fields(Note)})
-    state = client.state(note, forgotten="JOB_STATE_FAILED")
-    if note.identity == work.identity and (state == DONE or state not in ENDED):
-        log.info("going on with %s, which was left running: %s", note, note.console)
-        return note
-    if state not in ENDED:
-        raise LockedError(
-            f"{work.output}: {note} was left running, and makes something else of it; wait for"
-            f" its end, or: {note.command('cancel')}"
-        )
-    log.info("%s, which was left running, %s: starting again", note, ENDED[state])
-    _let_go(work)
-    storage.remove(work.folder)
-    return None
+def submit(client: Client, job: Any, note: Note, work: Work) -> Note:
+    """Asks for a job, and notes its id."""
+    try:
+        note = dataclasses.replace(note, job_id=client.create(job, note))
+    except (UnreachableError, FailedError):  # it may have been heard all the same
+        raise
+    except InputError:
+        dataflow_notes.remove(work)
+        raise
+    log.info("%s: %s", note, note.console)
+    dataflow_notes.write(note, work)
+    return note
 
 
-def follow(client: Client, note: Note, seconds: float = float("inf")) -> tuple[str, str]:
-    """Logs what becomes of a job until it has ended, or the time is up.
-
-    Returns:
-        Its state, and what the service says of its failure.
-    """
-    end = time.monotonic() + seconds
-    state, said = "", ""
-    failed_since = None
-    while True:
-        job = client.get(note)
-        if job.state != state:
-            state = job.state
-            log.info("%s  %s %s", job.time, note, plain(state))
-        for message in client.new_messages(note):
-            text = without_secrets(message.text)
-            line = last_line(text)
-            if message.is_error:
-                said = explaining(said, text)
-                log.info("%s  error: %s", message.time, line)
-            else:
-                log.info("%s  %s", message.time, line)
-        now = time.monotonic()
-        if state == "JOB_STATE_FAILED" and not said:
-            failed_since = now if failed_since is None else failed_since
-            if now - failed_since < EXPLAIN_SECONDS:
-                time.sleep(min(1.0, POLL_SECONDS))
-                continue
-        if state in ENDED or now >= end:
-            return state, said
-        time.sleep(POLL_SECONDS)
+def stopped(client: Client, note: Note | None, work: Work, how: str) -> str:
+    """Cancels or leaves a job, as `how` says; tells what became of it."""
+    if note is None:
+        return "no job was submitted"
+    if not note.job_id:  # nor does anybody know whether it will have one
+        try:
+            note = dataclasses.replace(note, job_id=client.find(note))
+        except InputError as error:
+            log.info("%s", error)
+        if not note.job_id:
+            return f"{note} may have been submitted; the same command takes it up if it was"
+        dataflow_notes.write(note, work)
+    return leave(note) if how == DETACH else cancel(client, note, work)
 
 
 def leave(note: Note) -> str:
@@ -245,46 +175,10 @@ def cancel(client: Client, note: Note, work: Work) -> str:
         return f"{note} was done before it could be cancelled; the same command publishes it"
     if state not in ENDED:
         return f"{note} is being cancelled"
-    _let_go(work)
+    dataflow_notes.remove(work)
     return f"{note} {ENDED[state]}"
-
-
-def _let_go(work: Work) -> None:
-    if isinstance(work.folder, GcsPath):
-        gcs_publish.let_go(work.folder)
 
 
 def _write_job_file(job: Any) -> None:
     if path := job.options.view_as(DebugOptions).dataflow_job_file:
         storage.write_atomic(storage.place(path), job.json())
-
-
-# Words
-
-
-def plain(state: str) -> str:
-    """A state in words."""
-    return ENDED.get(state) or f"is {state.removeprefix('JOB_STATE_').replace('_', ' ').lower()}"
-
-
-def failure(note: Note, state: str, said: str) -> InputError:
-    """What to raise of a job that ended in another way than well."""
-    if (found := error_in(said)) is not None:
-        return found
-    reason = last_line(said) or f"see {note.console}"
-    return FailedError(f"{note} {ENDED[state]}: {reason}")
-
-
-def explaining(said: str, text: str) -> str:
-    """Which of two messages says more of a failure: a traceback, or else the later one."""
-    rank: Callable[[str], int] = lambda text: ("Traceback" in text) - ("work item was" in text)  # noqa: E731
-    return text if not said or rank(text) >= rank(said) else said
-
-
-def last_line(text: str) -> str:
-    """A message in one line without secrets: of a traceback the error it ends in."""
-    text = without_secrets(text)  # before a line is chosen: some have several
-    if "Traceback (most recent call last)" in text:
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
-        text = next((x for x in reversed(lines) if ": " in x and "Traceback" not in x), text)
-    return one_line(text)

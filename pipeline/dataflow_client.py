@@ -5,34 +5,33 @@ Loaded only where the cloud extra is installed.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
-import io
-import time
+import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import requests
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.dataflow import dataflow_metrics, dataflow_runner
-from apache_beam.runners.dataflow.internal.apiclient import DataflowApplicationClient
 from google.api_core import exceptions
-from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import dataflow as api
 
-from pipeline import dataflow, storage
-from pipeline.command import FailedError, InputError, LockedError, UnreachableError, log
+from pipeline import services
+from pipeline.command import FailedError, LockedError, UnreachableError, log
+from pipeline.dataflow_follow import ENDED
+from pipeline.dataflow_notes import Note
+from pipeline.dataflow_staging import Staging
+from pipeline.services import Asking, NoAnswerError, RefusedError
 
+SERVICE, ROLE = "Dataflow", "Dataflow Developer"
 PATIENCE_SECONDS = 600.0  # with a service that does not answer while a job runs
 SUBMIT_SECONDS = 60.0
 MESSAGES_SECONDS = 30.0  # without what is said of a job, it can be followed
-LONGEST_PAUSE = 30.0
 TIMEOUT_SECONDS = 60.0  # of one request
 NOISE = ("JOB_MESSAGE_DEBUG", "JOB_MESSAGE_DETAILED", "JOB_MESSAGE_IMPORTANCE_UNKNOWN")
+NEWEST = 20  # jobs of a name, among which is looked for the one whose answer was lost
 
-ResultT = TypeVar("ResultT")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Message:
     is_error: bool
 
 
-class Client(DataflowApplicationClient):
+class Client(Staging):
     """Stages what jobs need, submits them and asks for them."""
 
     def __init__(self, options: PipelineOptions) -> None:
@@ -61,80 +60,122 @@ class Client(DataflowApplicationClient):
         self._since: Any = None
         self._is_told_of_silence = False
 
-    def stage_file_with_retry(
-        self,
-        gcs_or_local_path: str,
-        file_name: str,
-        stream_or_path: str | io.IOBase,
-        mime_type: str = "",
-        total_size: int | None = None,
-    ) -> None:
-        """Beam's place for it: uploads a file, checked by its checksum."""
-        content = _content(stream_or_path)
-        storage.write_atomic(storage.place(gcs_or_local_path) / file_name, content)
-
-    def create(self, job: Any) -> Any:
-        """Submits a job; trying again does no harm, as the request has an id.
+    def create(self, job: Any, note: Note) -> str:
+        """Submits a job and returns its id: of one, even where the answer is lost on its way here.
 
         Raises:
-            LockedError: a job of this name is at work.
-            InputError: the service refuses the request.
+            LockedError: another job of this name is at work.
+            RefusedError: the service refuses the request.
             UnreachableError: it does not answer, or there is no quota for another job.
+            FailedError: it does not say whether it heard the request.
         """
-        cloud = self.google_cloud_options
-        request = api.CreateJobRequest(
-            project_id=cloud.project, location=cloud.region, job=job.proto
-        )
+        request = api.CreateJobRequest(project_id=note.project, location=note.region, job=job.proto)
         taken = LockedError(
-            f"a job named {job.proto.name} is at work in {cloud.project}, {cloud.region}; try"
-            " again when it has ended"
+            f"a job named {note.name} is at work in {note.project}, {note.region}; try again when"
+            " it has ended"
         )
-        try:
-            made = patiently(
-                lambda: self._jobs_client.create_job(request=request, timeout=TIMEOUT_SECONDS),
-                SUBMIT_SECONDS,
-            )
-        except exceptions.Conflict:
-            raise taken from None
-        except exceptions.ClientError as error:
-            raise InputError(f"Dataflow refuses the job: {told(error)}") from None
-        if made.client_request_id not in ("", job.proto.client_request_id):
-            raise taken
-        return made
+        asking = Asking(SERVICE, patience=SUBMIT_SECONDS)
+        unanswered = False
+        while True:
+            try:
+                with told():
+                    made = self._jobs_client.create_job(request=request, timeout=TIMEOUT_SECONDS)
+            except NoAnswerError as error:
+                asking.unanswered(error)
+                unanswered = True
+                if found := self.find(note):  # the request was heard all the same
+                    return found
+            except RefusedError as error:
+                if error.code != 409:
+                    raise
+                if unanswered and (found := self.find(note)):  # by ours, heard meanwhile
+                    return found
+                raise taken from None
+            else:
+                if made.client_request_id not in ("", note.request_id):
+                    raise taken
+                return str(made.id)
 
-    def get(self, note: dataflow.Note) -> State:
+    def find(self, note: Note) -> str:
+        """The id of the job that a note announces; "" where there is none.
+
+        A list tells no more of a job than its name. Where the service does not tell its request
+        either, it is the one that is at work: there can be no other of its name.
+
+        Raises:
+            FailedError: the service refuses.
+            UnreachableError: it does not answer.
+        """
+        listed = api.ListJobsRequest(project_id=note.project, location=note.region, name=note.name)
+
+        def list_jobs() -> list[Any]:
+            pages = self._jobs_client.list_jobs(request=listed, timeout=TIMEOUT_SECONDS)
+            return [job for job in pages if job.name == note.name]
+
+        jobs = self._patiently(note, SUBMIT_SECONDS, list_jobs)
+        jobs.sort(key=lambda job: job.create_time.timestamp() if job.create_time else 0.0)
+        for job in reversed(jobs[-NEWEST:]):
+            get = functools.partial(self._get, note, job.id, whole=True)
+            found = self._patiently(note, SUBMIT_SECONDS, get)
+            is_at_work = api.JobState(found.current_state).name not in ENDED
+            told_of = found.client_request_id
+            if told_of == note.request_id or (is_at_work and not told_of):
+                return str(job.id)
+        return ""
+
+    def get(self, note: Note) -> State:
         """The state of a job.
 
         Raises:
             FailedError: the service refuses.
             UnreachableError: it does not answer for long.
         """
-        try:
-            return self._get(note, exceptions.NotFound)  # it can be, of a job that was just made
-        except exceptions.ClientError as error:
-            raise FailedError(f"{note}: {told(error)}; see {note.console}") from None
 
-    def state(self, note: dataflow.Note, *, forgotten: str) -> str:
-        """The name of a job's state; `forgotten` where the service knows no such job."""
-        try:
-            return self._get(note).state
-        except exceptions.NotFound:
-            return forgotten
-        except exceptions.ClientError as error:
-            raise FailedError(f"{note}: {told(error)}; see {note.console}") from None
+        def get() -> Any:
+            try:
+                return self._get(note, note.job_id)
+            except exceptions.NotFound:  # it can be, of a job that was just made
+                raise NoAnswerError(f"no {note}") from None
 
-    def _get(self, note: dataflow.Note, *passing: type[Exception]) -> State:
-        request = api.GetJobRequest(
-            project_id=note.project, location=note.region, job_id=note.job_id
-        )
-        job = patiently(
-            lambda: self._jobs_client.get_job(request=request, timeout=TIMEOUT_SECONDS),
-            PATIENCE_SECONDS,
-            *passing,
-        )
+        job = self._patiently(note, PATIENCE_SECONDS, get)
         return State(state=api.JobState(job.current_state).name, time=clock(job.current_state_time))
 
-    def new_messages(self, note: dataflow.Note) -> Iterator[Message]:
+    def state(self, note: Note, *, forgotten: str) -> str:
+        """The name of a job's state; `forgotten` where the service knows no such job."""
+
+        def get() -> str:
+            try:
+                return str(api.JobState(self._get(note, note.job_id).current_state).name)
+            except exceptions.NotFound:
+                return forgotten
+
+        return self._patiently(note, PATIENCE_SECONDS, get)
+
+    def _get(self, note: Note, job_id: str, *, whole: bool = False) -> Any:
+        view = api.JobView.JOB_VIEW_ALL if whole else api.JobView.JOB_VIEW_SUMMARY
+        request = api.GetJobRequest(
+            project_id=note.project, location=note.region, job_id=job_id, view=view
+        )
+        return self._jobs_client.get_job(request=request, timeout=TIMEOUT_SECONDS)
+
+    def _patiently(self, note: Note, seconds: float, call: Callable[[], T]) -> T:
+        """What the service answers in the end, when it is asked about a job.
+
+        Raises:
+            FailedError: it refuses.
+            UnreachableError: it does not answer.
+        """
+
+        def ask() -> T:
+            with told():
+                return call()
+
+        try:
+            return Asking(SERVICE, patience=seconds).until_answered(ask)
+        except RefusedError as error:
+            raise FailedError(f"{note}: {error}; see {note.console}") from None
+
+    def new_messages(self, note: Note) -> Iterator[Message]:
         """Yields what the service said since it was last asked, in order.
 
         Nothing where it refuses to say, or does not answer: the job's state tells its end.
@@ -145,19 +186,18 @@ class Client(DataflowApplicationClient):
             job_id=note.job_id,
             start_time=self._since,
         )
-        try:
-            said = patiently(
-                lambda: list(
-                    self._messages_client.list_job_messages(
-                        request=request, timeout=TIMEOUT_SECONDS
-                    ).job_messages
-                ),
-                min(MESSAGES_SECONDS, PATIENCE_SECONDS),
+
+        def list_messages() -> list[Any]:
+            answer = self._messages_client.list_job_messages(
+                request=request, timeout=TIMEOUT_SECONDS
             )
-        except (exceptions.ClientError, UnreachableError) as error:
+            return list(answer.job_messages)
+
+        try:
+            said = self._patiently(note, min(MESSAGES_SECONDS, PATIENCE_SECONDS), list_messages)
+        except (FailedError, UnreachableError) as error:
             if not self._is_told_of_silence:
-                reason = error if isinstance(error, UnreachableError) else told(error)
-                log.info("what Dataflow says of %s is not known: %s", note, reason)
+                log.info("what Dataflow says of %s is not known: %s", note, error)
             self._is_told_of_silence = True
             return
         for each in said:
@@ -173,7 +213,7 @@ class Client(DataflowApplicationClient):
                     is_error=importance == "JOB_MESSAGE_ERROR",
                 )
 
-    def cancel(self, note: dataflow.Note) -> None:
+    def cancel(self, note: Note) -> None:
         """Asks for the end of a job.
 
         Raises:
@@ -186,120 +226,33 @@ class Client(DataflowApplicationClient):
             job_id=note.job_id,
             job=api.Job(requested_state=api.JobState.JOB_STATE_CANCELLED),
         )
-        try:
-            patiently(
-                lambda: self._jobs_client.update_job(request=request, timeout=TIMEOUT_SECONDS),
-                SUBMIT_SECONDS,
-            )
-        except exceptions.ClientError as error:
-            raise FailedError(told(error)) from None
+        self._patiently(
+            note,
+            SUBMIT_SECONDS,
+            lambda: self._jobs_client.update_job(request=request, timeout=TIMEOUT_SECONDS),
+        )
 
-    def metrics(self, note: dataflow.Note) -> Any:
+    def metrics(self, note: Note) -> Any:
         """What a job that is done has counted; nothing where the service will not say."""
         job = api.Job(id=note.job_id, current_state=api.JobState.JOB_STATE_DONE)
         result = dataflow_runner.DataflowPipelineResult(job, None)
         found = dataflow_metrics.DataflowMetrics(self, result)
         try:
-            found.query()
+            with told():
+                found.query()
         except Exception as error:  # none is worth a result that is there
-            log.warning("what %s counted is not known: %s", note, told(error))
+            is_told = isinstance(error, NoAnswerError | RefusedError)
+            reason = error if is_told else type(error).__name__
+            log.warning("what %s counted is not known: %s", note, reason)
             found._cached_metrics = api.JobMetrics()
         return found
-
-
-class Unsent(Client):
-    """Notes what would be staged, and asks nobody: not for credentials either.
-
-    Attributes:
-        staged: the files.
-    """
-
-    def __init__(self, options: PipelineOptions) -> None:
-        anonymous = copy.deepcopy(options)
-        anonymous.view_as(GoogleCloudOptions).no_auth = True
-        super().__init__(anonymous)
-        self._enable_caching = False
-        self.staged: list[dict[str, Any]] = []
-
-    def stage_file_with_retry(
-        self,
-        gcs_or_local_path: str,
-        file_name: str,
-        stream_or_path: str | io.IOBase,
-        mime_type: str = "",
-        total_size: int | None = None,
-    ) -> None:
-        """Notes a file."""
-        content = _content(stream_or_path)
-        self.staged.append(
-            {
-                "file": f"{gcs_or_local_path}/{file_name}",
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-        )
-
-
-def _content(stream_or_path: str | io.IOBase) -> bytes:
-    """What Beam gives to be staged: a file's content by its name, or a stream's."""
-    if isinstance(stream_or_path, str):
-        return Path(stream_or_path).read_bytes()
-    content: bytes = stream_or_path.read()
-    return content
-
-
-def patiently(call: Callable[[], ResultT], seconds: float, *passing: type[Exception]) -> ResultT:
-    """Asks again, with growing pauses, where an answer may still come.
-
-    Args:
-        call: asks.
-        seconds: for how long.
-        passing: errors of which it may, beside those of the server and the network.
-
-    Raises:
-        UnreachableError: none came in this time.
-        GoogleAPICallError: the service refuses.
-        InputError: the credentials cannot be used.
-    """
-    end, pause = time.monotonic() + seconds, 0.5
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
-                raise InputError(
-                    f"the Google credentials cannot be used ({type(error).__name__}); try:"
-                    " gcloud auth application-default login"
-                ) from None
-            if not isinstance(error, passing) and not is_passing(error):
-                raise
-            if time.monotonic() + pause > end:
-                raise UnreachableError(
-                    f"Dataflow gives no answer for {seconds:g} seconds: {told(error)}; a job that"
-                    " runs goes on, and the same command takes it up again"
-                ) from None
-            log.info("Dataflow does not answer (%s): asking again", told(error))
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(error, exceptions.GoogleAPICallError):
-        return error.code is None or error.code in (408, 429) or error.code >= 500
-    return isinstance(
-        error, exceptions.RetryError | requests.RequestException | OSError | TransportError
-    )
-
-
-def told(error: Exception) -> str:
-    """What an error is, without what it may hold of the request."""
-    if isinstance(error, exceptions.GoogleAPICallError):
-        said = dataflow.last_line(str(error.message or ""))
-        return f"HTTP {int(error.code)}: {said}" if error.code else said
-    return type(error).__name__
 
 
 def clock(time: Any) -> str:
     """The service's time as text."""
     return time.strftime("%Y-%m-%d %H:%M:%SZ") if time else "-"
+
+
+def told() -> AbstractContextManager[None]:
+    """`services.told` of this service."""
+    return services.told(SERVICE, ROLE)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     GoogleCloudOptions,
     PipelineOptions,
     SetupOptions,
@@ -23,6 +24,7 @@ CANCEL, DETACH = "cancel", "detach"
 PROJECT = re.compile(r"[a-z][-a-z0-9:.]+[a-z0-9]")
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LABEL = re.compile(r"[a-z][-_a-z0-9]{0,62}=[-_a-z0-9]{0,63}|\{.*\}")
+UNLISTED = "disable_logging_submission_environment"  # of Beam's experiments
 LOCATIONS = ("temp_location", "staging_location")
 # What Beam would take, and what makes no sense of a job that reads a set once and to its end, and
 # whose result this command publishes.
@@ -135,3 +137,7 @@ def complete(options: PipelineOptions) -> None:
         setup.save_main_session = False
     if setup.setup_file:  # Beam goes to its folder, and looks for it from there
         setup.setup_file = str(Path(setup.setup_file).resolve())
+    else:  # an image
+        # A list of the packages here, of which the image has its own; and where workers would put
+        # it may be root's alone.
+        options.view_as(DebugOptions).add_experiment(UNLISTED)

@@ -8,16 +8,26 @@ every runner, with any number of workers, and wherever they lie. Every folder ma
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, drift, ledger, models, page, report, runners, storage
+from pipeline import (
+    command,
+    drift,
+    evaluate_options,
+    ledger,
+    models,
+    page,
+    report,
+    runners,
+    storage,
+)
 from pipeline.command import InputError, log, show
-from pipeline.dataset import SPLITS, Manifest, load_manifest
+from pipeline.dataset import Manifest, load_manifest
 from pipeline.drift import REPORT_FILE
+from pipeline.evaluate_options import PREDICTIONS, EvaluateConfig
 from pipeline.storage import Place
 
 if TYPE_CHECKING:
@@ -28,31 +38,8 @@ if TYPE_CHECKING:
 PROG = "pipeline.evaluate"
 STAGE = "evaluate"
 PAGE_FILE, CLASSES_FILE, CONFUSION_FILE = "report.html", "per_class.csv", "confusion_matrix.csv"
-PREDICTIONS = "predictions"
 OURS = (REPORT_FILE, PAGE_FILE, CLASSES_FILE, CONFUSION_FILE, PREDICTIONS)
 TALLY_FILE = ".tally.json"  # in which the workers say what they counted; is not published
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """The flags of this stage."""
-
-    model_dir: Place
-    dataset_dir: Place
-    report_dir: Place
-    split: str = "test"
-    baseline_dir: Place | None = None
-    compare_dirs: tuple[Place, ...] = ()
-    ledger: Place | None = None
-    run_id: str | None = None
-    save_predictions: bool = False
-    dry_run: bool = False
-    beam_arguments: tuple[str, ...] = ()
-
-    @property
-    def others(self) -> tuple[Place, ...]:
-        """The models that are scored beside the one the report is about."""
-        return (*([self.baseline_dir] if self.baseline_dir else []), *self.compare_dirs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,66 +60,9 @@ class Job:
 def parse(argv: list[str]) -> EvaluateConfig:
     """Parses the command line."""
     parser = command.Parser(PROG, __doc__)
-    parser.add_argument("--model_dir", required=True, metavar="DIR", help="the export of a run")
-    parser.add_argument(
-        "--dataset_dir",
-        required=True,
-        metavar="DIR",
-        help="a dataset written by pipeline.preprocess",
-    )
-    parser.add_argument("--report_dir", required=True, metavar="DIR", help="where the report goes")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument(
-        "--baseline_dir", metavar="DIR", help="another exported model, scored on the same rows"
-    )
-    parser.add_argument(
-        "--compare_dir",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="one more, in the same pass; may be given several times",
-    )
-    parser.add_argument(
-        "--ledger",
-        metavar="FILE",
-        help="runs.jsonl of a root: the report says how many models these rows have judged by it",
-    )
-    parser.add_argument("--run_id", metavar="ID", help="whose lines of the ledger do not count")
-    parser.add_argument(
-        "--save_predictions",
-        action="store_true",
-        help=f"write every answer to REPORT/{PREDICTIONS}/, a file for each shard",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="print what would be done")
-    flags, beam_arguments = runners.parse_known_args(parser, argv, _reached_by_workers)
-    return EvaluateConfig(
-        model_dir=_folder(flags.model_dir),
-        dataset_dir=_folder(flags.dataset_dir),
-        report_dir=_folder(flags.report_dir),
-        split=flags.split,
-        baseline_dir=_folder(flags.baseline_dir) if flags.baseline_dir is not None else None,
-        compare_dirs=tuple(map(_folder, flags.compare_dir)),
-        ledger=_folder(flags.ledger) if flags.ledger is not None else None,
-        run_id=flags.run_id,
-        save_predictions=flags.save_predictions,
-        dry_run=flags.dry_run,
-        beam_arguments=beam_arguments,
-    )
-
-
-def _reached_by_workers(flags: argparse.Namespace) -> list[tuple[str, str]]:
-    named = {
-        "--model_dir": flags.model_dir,
-        "--baseline_dir": flags.baseline_dir,
-        "--dataset_dir": flags.dataset_dir,
-        "--report_dir": flags.report_dir,
-    }
-    compared = [("--compare_dir", name) for name in flags.compare_dir]
-    return [(flag, name) for flag, name in named.items() if name is not None] + compared
-
-
-def _folder(text: str) -> Place:
-    return storage.folder(text, buckets=True)
+    evaluate_options.add_flags(parser)
+    given = runners.parse_known_args(parser, argv, evaluate_options.reached_by_workers)
+    return evaluate_options.config_from(*given)
 
 
 def build(root: beam.Pipeline, job: Job) -> beam.PCollection:
@@ -172,10 +102,7 @@ def read_tally(directory: Place) -> Tally:
     """Takes what `write_tally` handed on."""
     from pipeline.tally import parse_tally
 
-    file = directory / TALLY_FILE
-    total = parse_tally(file.read_text())
-    file.unlink()
-    return total
+    return parse_tally((directory / TALLY_FILE).read_text())
 
 
 def write_report(
@@ -238,7 +165,7 @@ def count_challengers_before(
     """
     if file is None:
         return None
-    others = [line for line in ledger.read_json(file) if line.get("run_id") != run_id]
+    others = [line for line in ledger.read_entries(file) if line.get("run_id") != run_id]
     return ledger.count_judged(others, test_id)
 
 
@@ -263,17 +190,16 @@ def execute(config: EvaluateConfig) -> int:
         resume=runners.is_dataflow(config.beam_arguments),
         # An evaluation that fails leaves no report of another model in its place.
         cleared=OURS,
+        left_out=[TALLY_FILE],
     ) as staging:
         log.info("scoring %s on the %s images of %s", config.model_dir, f"{size:,}", config.split)
         job = Job(config=config, manifest=manifest, directory=staging)
-        runners.run(
-            runners.beam_options(config.beam_arguments),
-            lambda root: build(root, job),
-            "evaluate",
-            work_of(config, manifest, staging),
-        )
-        # Here, and not in the graph: what draws the page need not be installed on the workers.
-        content = write_report(read_tally(staging), config, manifest, staging)
+        work = work_of(config, manifest, staging)
+        options = runners.beam_options(config.beam_arguments)
+        runners.run(options, lambda root: build(root, job), "evaluate", work)
+        with runners.accepting(work):
+            # Here, and not in the graph: what draws the page need not be installed on the workers.
+            content = write_report(read_tally(staging), config, manifest, staging)
     show(report.text_table(content))
     show(f"{report.title(manifest)}: {config.split} accuracy {content['accuracy']:.4f}")
     html = config.report_dir / PAGE_FILE

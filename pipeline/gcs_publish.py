@@ -7,7 +7,7 @@ Beside the folder NAME stands, while it is written, ``.NAME.incomplete/`` with
                 dead, and is not, cannot write into another's files
     .moving     from when NAME itself is changed: the names of what goes and what comes
     .kept       a TOKEN, where a job writes that goes on without the process which began it, and
-                a note on that job: the next process may take it up
+                a note on that job: the next process may take it up, until it is published
 
 The server copies the files to their final names. The file without which the folder is nothing,
 its manifest, is the first that goes and the last that comes. The next process finds in
@@ -33,15 +33,20 @@ AT_ONCE = 8  # requests; the client keeps ten connections
 
 @contextlib.contextmanager
 def published_whole(
-    final: GcsPath, *, replace: bool, last: str, resume: bool, cleared: Sequence[str] = ()
+    final: GcsPath,
+    *,
+    replace: bool,
+    last: str,
+    resume: bool,
+    cleared: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> Iterator[GcsPath]:
     """`storage.published_whole` of a folder in a bucket."""
     if not final.key:
         raise InputError(f"{final}: a bucket is not replaced as a whole; expected a folder in it")
     staging = _staging(final)
     with leases.held(staging) as lease:
-        kept = _read_kept(staging)[0] if resume else ""
-        _settle(final, staging, lease, kept)
+        kept = _settle(final, staging, lease, _read_kept(staging)[0] if resume else "")
         if not replace:
             storage.require_absent(final)
         if cleared:
@@ -51,7 +56,7 @@ def published_whole(
         fresh = staging / (kept or lease.owner.token)
         try:
             yield fresh
-            _move(fresh, final, lease, last)
+            _move(fresh, final, lease, last, left_out)
         except BaseException as error:
             try:
                 lease.renew()
@@ -119,35 +124,47 @@ def _staging(final: GcsPath) -> GcsPath:
     return final.parent / f".{final.name}.incomplete"
 
 
-def _settle(final: GcsPath, staging: GcsPath, lease: leases.Lease, kept: str = "") -> None:
+def _settle(final: GcsPath, staging: GcsPath, lease: leases.Lease, kept: str = "") -> str:
     """Ends what was begun: a folder half changed goes, and all of staging but the lock.
 
-    What is kept stays as well, with the note on it.
+    What is kept stays as well, with the note on it, unless it is published by now.
+
+    Returns:
+        What is kept still.
     """
-    last, names = _read_journal(staging / JOURNAL_NAME)
+    last, names, before = _read_journal(staging / JOURNAL_NAME)
     found = final.walk() if names else {}
     if last not in found:
         _unlink_all(final, {name: found[name] for name in names & found.keys()}, lease)
+    elif found[last].generation != before:
+        kept = ""
     rest = staging.walk()
-    rest.pop(storage.LOCK_NAME, None)
+    rest.pop(leases.LOCK_NAME, None)
     if kept:
         rest.pop(KEPT_NAME, None)
         rest = {name: stat for name, stat in rest.items() if not name.startswith(f"{kept}/")}
-    _unlink_all(staging, rest, lease)
+    # A note on what is published goes while it can still be told that it is.
+    _unlink_in_order(staging, rest, KEPT_NAME, JOURNAL_NAME, lease)
+    return kept
 
 
-def _read_journal(path: GcsPath) -> tuple[str, set[str]]:
-    """What comes last, and the names of all that goes and comes; none where nothing was begun."""
+def _read_journal(path: GcsPath) -> tuple[str, set[str], int]:
+    """What comes last, the names of all that goes and comes, and which last one stood there before.
+
+    No names where nothing was begun.
+    """
     try:
         moving = json.loads(path.read_bytes())
-        return str(moving["last"]), set(moving["names"])
+        return str(moving["last"]), set(moving["names"]), int(moving.get("before", 0))
     except FileNotFoundError:
-        return "", set()
-    except (ValueError, TypeError, KeyError):
+        return "", set(), 0
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: not a list of names; remove it by hand") from None
 
 
-def _move(source: GcsPath, final: GcsPath, lease: leases.Lease, last: str) -> None:
+def _move(
+    source: GcsPath, final: GcsPath, lease: leases.Lease, last: str, left_out: Sequence[str]
+) -> None:
     """Puts what was written in the place of what stands under the final name.
 
     Raises:
@@ -155,9 +172,15 @@ def _move(source: GcsPath, final: GcsPath, lease: leases.Lease, last: str) -> No
     """
     lease.renew()
     new, old = source.walk(), final.walk()
+    for name in left_out:
+        new.pop(name, None)
     if last not in new:
         raise ValueError(f"{source}: no {last} was written")
-    journal = {"last": last, "names": sorted(new.keys() | old.keys())}
+    journal = {
+        "last": last,
+        "names": sorted(new.keys() | old.keys()),
+        "before": old[last].generation if last in old else 0,
+    }
     lease.check()
     (source.parent / JOURNAL_NAME).put(json.dumps(journal).encode(), 0)
     if last in old:

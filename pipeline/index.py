@@ -30,8 +30,12 @@ def write_index(root: Place) -> None:
     """Brings ``index.html`` up to date; one that says the same already is left alone.
 
     Args:
-        root: of the chain, see `pipeline.retrain`; it must be there, and may hold nothing yet.
+        root: of the chain, see `pipeline.retrain`; it must be there, and may hold nothing yet. It
+            is locked meanwhile.
     """
+    if isinstance(root, Path):
+        for leftover in root.glob(f".{INDEX_FILE}.*"):  # of one that was killed as it wrote
+            leftover.unlink(missing_ok=True)
     champion = read_object(root / MODELS / CHAMPION_FILE)
     name = root.resolve().name if isinstance(root, Path) else root.name
     page = render(read_runs(root), champion, name or "this root").encode()

@@ -55,6 +55,9 @@ def load_checked(folder: Place) -> Any:
         except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
             said = str(error).splitlines()[0].replace(str(directory), str(folder))
             raise InputError(f"{folder}: cannot be loaded as a SavedModel: {said}") from None
+        signature = model.signatures.get(SIGNATURE)
+        if signature is None or OUTPUT not in signature.structured_outputs:
+            raise InputError(f"{folder}: expected a SavedModel whose {SIGNATURE} gives {OUTPUT}")
         # A model from elsewhere may say nothing of itself, or keep its weights in another way.
         says = directory / models.MODEL_FILE
         noted = models.load_description(directory).get("weights_sha256") if says.is_file() else None
@@ -135,6 +138,8 @@ class SavedModelsHandler(ModelHandler):
             )
 
     def _checked(self, folder: str, answer: np.ndarray) -> np.ndarray:
+        if answer.ndim != 2:
+            raise InputError(f"{folder}: answers with {answer.ndim} dimensions, expected 2")
         if answer.shape[1] != self._num_classes:
             raise other_classes(folder, answer.shape[1], self._num_classes)
         if not ((answer >= 0) & (answer <= 1)).all():  # nor NaN

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import ancestry, gate, ledger, plan, registry, storage, versions
+from pipeline import ancestry, decisions, gate, ledger, plan, registry, storage, trainers, versions
 from pipeline.command import InputError
 from pipeline.dataset import Manifest
 from pipeline.plan import DECISION_FILE, REPORT, Request
@@ -42,7 +42,7 @@ def judge(
     """
     run_dir = plan.run_folder(root, request.run_id)
     champion = registry.champion(root)
-    made = plan.read_json(run_dir / DECISION_FILE)
+    made = _decided(run_dir, manifest)
     content = plan.read_json(run_dir / REPORT) if made is not None else None
     if made is not None:
         earlier = Verdict(decision=made, version=_published_for(root, made, champion))
@@ -61,6 +61,16 @@ def judge(
     stages.hold()
     storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
     return Verdict(decision=decision)
+
+
+def _decided(run_dir: Place, manifest: Manifest) -> dict[str, Any] | None:
+    """What was decided before, if it was on the model and the dataset that stand there now."""
+    made = plan.read_json(run_dir / DECISION_FILE)
+    if made is None:
+        return None
+    model = plan.read_json(run_dir / trainers.EXPORTED) or {}
+    standing = (model.get("model_id"), manifest.dataset_id)
+    return made if (made.get("model_id"), made.get("dataset_id")) == standing else None
 
 
 def command_line(
@@ -127,7 +137,9 @@ def _published_for(
 def _stands(decision: dict[str, Any], request: Request, champion: Version | None) -> bool:
     """Tells whether what was decided before is still what would be decided."""
     force_reason = _force_reason(request, champion)
-    if not gate.is_about(decision, champion) or decision["forced"] > (force_reason is not None):
+    if not decisions.is_about(decision, champion) or decision["forced"] > (
+        force_reason is not None
+    ):
         return False
     by_these_rules = decision.get("rules") == dataclasses.asdict(request.rules)
     return decision["promoted"] or (force_reason is None and by_these_rules)
@@ -150,7 +162,7 @@ def decide(
     manifest: Manifest,
     champion: Version | None,
 ) -> dict[str, Any]:
-    """Puts a report, the content of ``report.json``, before the gate; see `gate.decision`."""
+    """Puts a report, the content of ``report.json``, before the gate; see `decisions.make`."""
     checks = gate.judge(
         content,
         request.rules,
@@ -158,7 +170,7 @@ def decide(
         leaked=gate.leaked_images(manifest),
         champion_classes=champion.class_names if champion else None,
     )
-    made = gate.decision(
+    made = decisions.make(
         content,
         request.rules,
         checks,

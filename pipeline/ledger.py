@@ -89,10 +89,10 @@ def append(root: Place, line: Line, *, attempt: int | None = None) -> None:
             raise LockedError(f"{path}: another process has entered the end of run {line.run_id}")
 
     entry = dataclasses.asdict(dataclasses.replace(line, time=now))
-    append_json(path, entry, require=require_open)
+    append_entry(path, entry, require=require_open)
 
 
-def append_json(
+def append_entry(
     path: Place,
     entry: Mapping[str, Any],
     *,
@@ -119,7 +119,7 @@ def append_json(
         new = old + b"\n" * torn + json.dumps(entry).encode() + b"\n"
         path.put(new, stat.generation if stat else 0)
         return
-    require(read_json(path))
+    require(read_entries(path))
     with storage.named(path), path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
@@ -136,12 +136,12 @@ def append_json(
 
 def read(root: Place) -> list[dict[str, Any]]:
     """The lines of a root's ledger that name a run; one that a crash cut short does not."""
-    lines = read_json(root / LEDGER_FILE)
+    lines = read_entries(root / LEDGER_FILE)
     return [line for line in lines if isinstance(line.get("run_id"), str)]
 
 
-def read_json(path: Place) -> list[dict[str, Any]]:
-    """The objects in a file of one a line; see `append_json`."""
+def read_entries(path: Place) -> list[dict[str, Any]]:
+    """The objects in a file of one a line; see `append_entry`."""
     try:
         return _parsed(path.read_bytes())
     except FileNotFoundError:

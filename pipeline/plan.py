@@ -145,13 +145,6 @@ def read_request(folder: Place) -> Request:
         ) from None
 
 
-def rules_of(root: Place, run_id: str) -> Rules | None:
-    """The rules that a run was judged by, where its folder still says so."""
-    with contextlib.suppress(InputError):
-        return read_request(run_folder(root, run_id)).rules
-    return None
-
-
 def read_json(path: Place) -> dict[str, Any] | None:
     """A JSON object that the chain has written, if it has; a torn one counts as none."""
     try:
@@ -247,6 +240,23 @@ def stands(state: State, line: Mapping[str, Any]) -> bool:
     run_id = line["run_id"]
     whole = all(state.has(run_id, name) for name in (DECISION_FILE, REPORT))
     return whole or run_id not in state.runs
+
+
+def answers(root: Place, line: Mapping[str, Any], request: Request) -> bool:
+    """Whether what was judged before is the answer to a request as well.
+
+    Where it was no, it may be another one by other rules, or by force.
+    """
+    if line["outcome"] == "promoted":
+        return True
+    return request.force_reason is None and _rules_of(root, line["run_id"]) in (None, request.rules)
+
+
+def _rules_of(root: Place, run_id: str) -> Rules | None:
+    """The rules that a run was judged by, where its folder still says so."""
+    with contextlib.suppress(InputError):
+        return read_request(run_folder(root, run_id)).rules
+    return None
 
 
 def days_since(text: str, now: datetime.datetime) -> float:

@@ -7,15 +7,12 @@ The same images and options give the same bytes, on every runner and with any nu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline import command, existing, runners, storage
+from pipeline import command, existing, progress, runners, storage
 from pipeline.command import InputError, log, show
 from pipeline.dataset import (
     MANIFEST_NAME,
@@ -23,7 +20,6 @@ from pipeline.dataset import (
     QUARANTINE_NAME,
     RECORDS_NAME,
     SPLITS,
-    Manifest,
     load_manifest,
     manifest_json,
     shard_name,
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
 
 PROG = "pipeline.preprocess"
 STAGE = "preprocess"
-PROGRESS_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,24 +215,29 @@ def publish(config: PreprocessConfig, source: Source, identity: str) -> None:
     ) as staging:
         log.info("reading %s", source.describe()["title"])
         job = make_job(config, source, staging)
-        with progress_lines(transforms.done_here):
+        work = runners.Work(
+            stage=STAGE, output=config.output_dir, folder=staging, identity=identity
+        )
+        with progress.lines(transforms.done_here):
             metrics = runners.run(
                 runners.beam_options(config.beam_arguments),
                 lambda root: build(root, job),
                 transforms.NAMESPACE,
-                runners.Work(
-                    stage=STAGE, output=config.output_dir, folder=staging, identity=identity
-                ),
+                work,
             )
-        require_unchanged(config, source, identity)
-        manifest = load_manifest(staging)
-        # Here, and not in the graph: what a worker process raises comes with Beam's traceback.
+        with runners.accepting(work):
+            require_unchanged(config, source, identity)
+            manifest = load_manifest(staging)
+            statistics = json.loads((staging / METRICS_NAME).read_text())["statistics"]
+        # Here, and not in the graph: what a worker process raises comes with Beam's traceback. And
+        # what a job has made stays: with other flags it may do.
         existing.require_few(manifest, config.max_quarantined)
         _require_examples({name: split.num_examples for name, split in manifest.splits.items()})
-        statistics = json.loads((staging / METRICS_NAME).read_text())
-        content = {"fingerprint": identity} | dataclasses.asdict(metrics) | statistics
+        content = {"fingerprint": identity} | dataclasses.asdict(metrics)
+        content |= {"statistics": statistics}
         storage.write_atomic(staging / METRICS_NAME, json.dumps(content, indent=2) + "\n")
-    log.info("%s\n%s", summary(config.output_dir, manifest), work_done(metrics))
+    summary = progress.summary(config.output_dir, manifest)
+    log.info("%s\n%s", summary, progress.work_done(metrics))
 
 
 def require_unchanged(config: PreprocessConfig, source: Source, identity: str) -> None:
@@ -253,78 +253,10 @@ def require_unchanged(config: PreprocessConfig, source: Source, identity: str) -
         raise InputError(f"{' and '.join(source.specs)}: changed while it was read; run it again")
 
 
-@contextlib.contextmanager
-def progress_lines(done: dict[str, int]) -> Iterator[None]:
-    """Logs what has been read and written every `PROGRESS_SECONDS`, as a long run goes on."""
-    ended = threading.Event()
-    started = time.monotonic()
-
-    def report() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            counts = dict(done)
-            read = sum(counts.get(f"read-{part}", 0) for part in ("train", "test"))
-            written = sum(counts.get(f"written-{split}", 0) for split in SPLITS)
-            if read:
-                log.info("%s rows read, %s written", f"{read:,}", f"{written:,}")
-            else:  # the work is done in other processes
-                log.info("running for %.0f s", time.monotonic() - started)
-
-    done.clear()
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _require_examples(sizes: dict[str, int]) -> None:
     for split in ("train", "test"):
         if not sizes[split]:
             raise InputError(f"the {split} split would be empty; expected at least one image")
-
-
-def summary(directory: storage.Place, manifest: Manifest) -> str:
-    """A few lines about a dataset, for the end of the stage."""
-    sizes = ", ".join(f"{manifest.splits[split].num_examples:,} {split}" for split in SPLITS)
-    files = [shard for split in manifest.splits.values() for shard in split.shards]
-    megabytes = sum(shard.bytes for shard in files) / 1e6
-    lines = [
-        f"{directory}: {sizes}; {manifest.num_classes} classes; {megabytes:.1f} MB in"
-        f" {len(files)} files; dataset {manifest.dataset_id}"
-    ]
-    for count, things, rest in remarks(manifest):
-        if count:
-            lines.append(f"{count:,} {things}{'' if count == 1 else 's'} {rest}")
-    return "\n".join(lines)
-
-
-def work_done(metrics: runners.PipelineMetrics) -> str:
-    """A line on what the steps measured; all of it is in ``metrics.json``."""
-    read = sum(metrics.counters.get(f"read-{part}", 0) for part in ("train", "test"))
-    writing, encoding = (
-        metrics.distributions.get(f"shard-{what}-msec", {}).get("sum", 0) / 1000
-        for what in ("write", "encode")
-    )
-    return (
-        f"{read:,} rows read; {metrics.counters.get('written-bytes', 0):,} bytes written in"
-        f" {writing:.1f} s of work, {encoding:.1f} s of it encoding"
-    )
-
-
-def remarks(manifest: Manifest) -> list[tuple[int, str, str]]:
-    """What is odd about a dataset: how many, of what, and what about them."""
-    reasons = ", ".join(f"{n:,} {why}" for why, n in manifest.quarantined["by_reason"].items())
-    duplicates = manifest.duplicates
-    return [
-        (manifest.quarantined["count"], "row", f"set aside ({reasons}), see quarantine/"),
-        (manifest.dropped, "row", "left out of train or validation, being in test as well"),
-        (manifest.flagged["blank"], "blank image", "written"),
-        (duplicates["conflicting"], "image", "with different labels"),
-        (duplicates["leaked"], "image", "both in test and in train or validation"),
-        (duplicates["held_out"], "image", "both in train and in validation"),
-    ]
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ and a worker need not spend seconds importing TensorFlow. The tests hold it agai
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c
@@ -23,6 +25,7 @@ from pipeline.dataset import ID_LENGTH, NUM_PIXELS, Shard
 from pipeline.storage import Place
 
 MAX_RECORD_BYTES = 4096
+BLOCK = 1 << 20  # bytes of a file that are checked at a time
 
 # The only way this project scales a pixel: a table look-up is exact wherever it runs, while a
 # division inside a compiled graph becomes a product, off by one bit for half of the values.
@@ -274,26 +277,58 @@ def check_shard(data: bytes, path: Place, shard: Shard) -> bytes:
     Raises:
         InputError: its size or checksum differs.
     """
-    if len(data) != shard.bytes:
-        raise InputError(f"{path}: has {len(data)} bytes, the manifest says {shard.bytes}")
+    _check_size(len(data), path, shard)
     if path.suffix == ".gz":
-        data = _uncompress(data, path, shard.num_examples * MAX_RECORD_BYTES)
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise InputError(f"{path}: its checksum differs from the manifest's")
+        data = b"".join(_unpacked([data], path, shard))
+    _check_sha256(hashlib.sha256(data), path, shard)
     return data
 
 
-def _uncompress(data: bytes, path: Place, limit: int) -> bytes:
-    """Uncompresses a gzip file that may not grow beyond a limit."""
+def verify_shard(directory: Path, shard: Shard) -> None:
+    """Checks a shard file as `read_shard` does, a block at a time: it need not fit in memory.
+
+    Raises:
+        InputError: the file is missing, or its size or checksum differs.
+    """
+    path = directory / shard.file
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            _check_size(os.fstat(file.fileno()).st_size, path, shard)
+            blocks: Iterable[bytes] = iter(lambda: file.read(BLOCK), b"")
+            for block in _unpacked(blocks, path, shard) if path.suffix == ".gz" else blocks:
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    _check_sha256(digest, path, shard)
+
+
+def _check_size(size: int, path: Place, shard: Shard) -> None:
+    if size != shard.bytes:
+        raise InputError(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
+
+
+def _check_sha256(digest: hashlib._Hash, path: Place, shard: Shard) -> None:
+    if digest.hexdigest() != shard.sha256:
+        raise InputError(f"{path}: its checksum differs from the manifest's")
+
+
+def _unpacked(packed: Iterable[bytes], path: Place, shard: Shard) -> Iterator[bytes]:
+    """The content of a gzip file, block by block, as long as it is no larger than its records."""
+    # A manifest may claim more records than fit in a length.
+    left = min(shard.num_examples * MAX_RECORD_BYTES + 1, sys.maxsize)
     reader = zlib.decompressobj(wbits=31)
     try:
-        # A manifest may claim more records than fit in a length.
-        content = reader.decompress(data, min(limit + 1, sys.maxsize))
+        for block in packed:
+            content = reader.decompress(block, left)
+            left -= len(content)
+            if not left or reader.unused_data:
+                break
+            yield content
     except zlib.error as error:
         raise InputError(f"{path}: not a gzip file: {error}") from None
-    if len(content) > limit or not reader.eof or reader.unused_data:
+    if not left or not reader.eof or reader.unused_data:
         raise InputError(f"{path}: cut short, or larger than its records can be")
-    return content
 
 
 def iter_records(directory: Place, shard: Shard) -> Iterator[Record]:

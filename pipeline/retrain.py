@@ -12,12 +12,9 @@ ROOT is a local folder or gs://bucket/path.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline import (
@@ -31,7 +28,7 @@ from pipeline import (
     page,
     plan,
     registry,
-    rules,
+    retrain_options,
     runners,
     storage,
     trainers,
@@ -39,118 +36,21 @@ from pipeline import (
 )
 from pipeline import state as states
 from pipeline.command import InputError, UnreachableError, log, show
-from pipeline.options import PreprocessConfig
 from pipeline.plan import REQUEST_FILE, Request
-from pipeline.rules import Rules
-from pipeline.sources import SYNTAX, Source
+from pipeline.retrain_options import RetrainConfig
+from pipeline.sources import Source
 from pipeline.stages import StageError, Stages, Training, ask_trainer
 from pipeline.state import State
 from pipeline.storage import Place
-from pipeline.vertex_options import VertexConfig
 
 PROG = "pipeline.retrain"
-WINDOW = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RetrainConfig:
-    """The flags of the chain.
-
-    Attributes:
-        window: when this run was scheduled for.
-        max_age: days after which a champion is trained anew although nothing is new; None: never.
-        warm_start: whether to start from the champion's weights.
-        force_reason: why to promote whatever the gate says, if so.
-        dry_run: whether to print the plan alone.
-        vertex: where on Vertex AI runs are trained; None: in processes here.
-        others: arguments that it does not know itself: the trainer's, and Beam's.
-    """
-
-    root: Place
-    preprocess: PreprocessConfig
-    rules: Rules
-    window: str
-    max_age: float | None
-    warm_start: bool
-    force_reason: str | None
-    dry_run: bool
-    vertex: VertexConfig | None
-    others: tuple[str, ...]
-
-
-def window(text: str) -> str:
-    """Parses the name of a scheduled window, which becomes part of a folder's name."""
-    if not WINDOW.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"expected up to 64 letters, digits, '.', '_', '+' and '-', got {text!r}"
-        )
-    return text
-
-
-def make_parser() -> command.Parser:
-    """The flags of the chain itself."""
-    parser = command.Parser(PROG, __doc__)
-    parser.add_argument("--root", required=True, metavar="DIR", help="where everything is kept")
-    parser.add_argument(
-        "--source",
-        action="append",
-        metavar="SRC",
-        help=f"{SYNTAX}; several are joined (default: auto)",
-    )
-    parser.add_argument(
-        "--window",
-        type=window,
-        metavar="TEXT",
-        help="the scheduled time this run is for; begins its id (default: the date, UTC)",
-    )
-    parser.add_argument(
-        "--max_age",
-        type=command.above_zero("days"),
-        metavar="DAYS",
-        help="train although nothing is new where the champion is older (default: never)",
-    )
-    parser.add_argument(
-        "--warm_start",
-        action="store_true",
-        help="start from the champion's weights, unless it has learned from images of test",
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print what would be done, the commands of its stages and the requests to a service,"
-        " and write nothing",
-    )
-    rules.add_flags(parser.add_argument_group("the gate"))
-    options.add_flags(parser.add_argument_group("the dataset"))
-    training = parser.add_argument_group(
-        "the training", "every other flag goes to trainer.task, see its --help, or else to Beam"
-    )
-    training.add_argument("--preset", metavar="NAME", help="what to start from (default: core)")
-    trainers.add_flags(parser)
-    return parser
 
 
 def parse(argv: list[str]) -> RetrainConfig:
     """Parses the command line."""
-    parser = make_parser()
-    flags, others = parser.parse_known_args(argv)
-    if flags.preset == "xor":
-        raise InputError("--preset xor: learns four points and makes no model that could be served")
-    if flags.warm_start and any(other.startswith("--initial_weights") for other in others):
-        raise InputError("--warm_start and --initial_weights: expected at most one of them")
-    flags.source = flags.source or ["auto"]
-    return RetrainConfig(
-        root=storage.folder(flags.root, buckets=True),
-        preprocess=options.config_from(flags, output_dir=Path(), beam_arguments=()),
-        rules=rules.rules_from(flags),
-        window=flags.window or datetime.datetime.now(datetime.UTC).date().isoformat(),
-        max_age=flags.max_age,
-        warm_start=flags.warm_start,
-        force_reason=rules.force_reason_from(flags),
-        dry_run=flags.dry_run,
-        vertex=trainers.vertex_from(flags),
-        others=(*([f"--preset={flags.preset}"] if flags.preset is not None else []), *others),
-    )
+    parser = command.Parser(PROG, __doc__)
+    retrain_options.add_flags(parser)
+    return retrain_options.config_from(*parser.parse_known_args(argv))
 
 
 def execute(config: RetrainConfig) -> int:
@@ -372,11 +272,7 @@ def find_settled(config: RetrainConfig, request: Request, state: State) -> Mappi
         return None
     if request.repeat and not request.attempt:  # once in each window
         return None
-    if judged["outcome"] != "promoted":  # the answer was no, and may be another one
-        ruled_by = plan.rules_of(state.root, judged["run_id"])
-        if request.force_reason is not None or ruled_by not in (None, request.rules):
-            return None
-    return judged
+    return judged if plan.answers(state.root, judged, request) else None
 
 
 def main() -> None:

@@ -6,15 +6,16 @@ Beam is imported here only where it is used, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.command import InputError, LockedError, UnreachableError
+from pipeline.command import InputError, LockedError, UnreachableError, full_disk
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -232,6 +233,25 @@ def run(
         assert work is not None
         return _counted(dataflow.run(pipeline, work), namespace)
     return _counted(_run_here(pipeline), namespace)
+
+
+@contextlib.contextmanager
+def accepting(work: Work) -> Iterator[None]:
+    """Inside, what a pipeline has made is looked at: what is wrong with it is not taken up again.
+
+    Nothing is where a server is silent, another process has taken over, or there is no room here.
+    """
+    try:
+        yield
+    except (UnreachableError, LockedError):
+        raise
+    except Exception as error:
+        if full_disk(error) is None:
+            from pipeline import dataflow_notes
+
+            with contextlib.suppress(InputError):
+                dataflow_notes.remove(work)
+        raise
 
 
 def request(

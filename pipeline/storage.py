@@ -8,24 +8,21 @@ everything is written beside its final name and renamed. Folders are local, or `
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar, Union, cast, overload
+from typing import IO, TYPE_CHECKING, Any, TypeVar, Union, overload
 
-from pipeline import command, gcs
-from pipeline.command import InputError, LockedError
+from pipeline import command, gcs, locks
+from pipeline.command import InputError
 from pipeline.gcs import GcsPath
 
 if TYPE_CHECKING:
     from pipeline.leases import Lease
 
-LOCK_NAME = ".lock"
 REMOVED = ".removed"
 SPOOL_BYTES = 32 << 20  # of an object that is being written: in memory, beyond that on the disk
 
@@ -57,8 +54,7 @@ def folder(text: str, *, buckets: bool = False) -> Place:
         return gcs.parse(text)
     if "://" in text:
         expected = "a local folder or gs://bucket/path" if buckets else "a local folder"
-        reason = "" if buckets else "; buckets are not supported yet"
-        raise InputError(f"{text}: expected {expected}{reason}")
+        raise InputError(f"{text}: expected {expected}")
     if not text:
         raise InputError("expected a folder, got an empty name")
     path = Path(text)
@@ -170,6 +166,7 @@ def published_whole(
     last: str = "",
     resume: bool = False,
     cleared: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> AbstractContextManager[PlaceT]:
     """Yields an empty folder that becomes `final` when the block ends well, else vanishes.
 
@@ -186,6 +183,7 @@ def published_whole(
         resume: whether a folder in a bucket may be one that an earlier process left to a job,
             with all that is in it; see `gcs_publish.keep`.
         cleared: files and folders in the one that is replaced which go before the block begins.
+        left_out: files of the new one that are for the block alone.
 
     Raises:
         InputError: `final` cannot be created or replaced.
@@ -196,49 +194,15 @@ def published_whole(
         from pipeline import gcs_publish
 
         published: Any = gcs_publish.published_whole(
-            final, replace=replace, last=last, resume=resume, cleared=cleared
+            final, replace=replace, last=last, resume=resume, cleared=cleared, left_out=left_out
         )
         return published
-    return cast(Any, _published_whole(final, replace, cleared))
+    from pipeline import local_publish
 
-
-@contextlib.contextmanager
-def _published_whole(final: Path, replace: bool, cleared: Sequence[str]) -> Iterator[Path]:
-    if not replace:
-        require_absent(final)
-    place, staging, aside = _places(final)
-    if place.is_mount() or place == Path.cwd():
-        raise InputError(
-            f"{final}: a mount point or the current folder cannot be replaced as a whole;"
-            " expected a folder inside it"
-        )
-    made = [folder for folder in staging.parents if not folder.exists()]
-    with locked(staging):
-        try:
-            _settle(place, aside)
-            if not replace:
-                require_absent(final)  # again: it may have been published as we took the lock
-            _clear(staging)
-            for name in cleared:
-                remove(final / name)
-            # Of a name of its own, which a worker of a killed run that goes on writing lacks.
-            fresh = staging / secrets.token_hex(8)
-            fresh.mkdir()
-            with named(final):
-                yield fresh
-            if replace and place.exists():
-                place.rename(aside)
-            fresh.rename(place)  # POSIX lets it replace an empty folder
-            remove(aside)
-            remove(staging)
-        except BaseException:
-            if aside.exists() and not place.exists():
-                aside.rename(place)
-            shutil.rmtree(staging, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process may be using them by now
-                for folder in made:
-                    folder.rmdir()
-            raise
+    local: Any = local_publish.published_whole(
+        final, replace=replace, cleared=cleared, left_out=left_out
+    )
+    return local
 
 
 def recover(final: Place) -> None:
@@ -252,13 +216,9 @@ def recover(final: Place) -> None:
 
         gcs_publish.recover(final)
         return
-    place, staging, aside = _places(final)
-    if staging.exists() or aside.exists():
-        with contextlib.suppress(LockedError), locked(staging):
-            _settle(place, aside)
-            _clear(staging)
-            # What another process puts there, from the moment that the lock is gone, stays.
-            shutil.rmtree(staging, ignore_errors=True)
+    from pipeline import local_publish
+
+    local_publish.recover(final)
 
 
 def is_unsettled(final: Place) -> bool:
@@ -267,8 +227,9 @@ def is_unsettled(final: Place) -> bool:
         from pipeline import gcs_publish
 
         return gcs_publish.is_unsettled(final)
-    _, staging, aside = _places(final)
-    return staging.exists() or aside.exists()
+    from pipeline import local_publish
+
+    return local_publish.is_unsettled(final)
 
 
 def recover_all(parent: Place) -> None:
@@ -278,29 +239,6 @@ def recover_all(parent: Place) -> None:
         for name in found:
             if name.endswith(ending):
                 recover(parent / name.removeprefix(".").removesuffix(ending))
-
-
-def _places(final: Path) -> tuple[Path, Path, Path]:
-    """Where a folder is, where it is made, and where the one before it waits."""
-    place = final.resolve()  # a link to an empty folder cannot be renamed over, its target can
-    return (
-        place,
-        place.parent / f".{place.name}.incomplete",
-        place.parent / f".{place.name}.replaced",
-    )
-
-
-def _settle(place: Path, aside: Path) -> None:
-    if aside.exists() and not place.exists():
-        aside.rename(place)
-    remove(aside)
-
-
-def _clear(staging: Path) -> None:
-    """Removes everything but the lock."""
-    for leftover in staging.iterdir():
-        if leftover.name != LOCK_NAME:
-            remove(leftover)
 
 
 def remove(path: Place) -> None:
@@ -396,7 +334,7 @@ def locked(
         from pipeline import leases
 
         return leases.held(directory, outlasts=outlasts)
-    return _locked(directory)
+    return locks.held(directory)
 
 
 def hold(lock: Lock | None) -> None:
@@ -409,35 +347,3 @@ def hold(lock: Lock | None) -> None:
     """
     if lock is not None and not isinstance(lock, int):
         lock.hold()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    path = directory / LOCK_NAME
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            if os.path.lexists(directory) and not directory.is_dir():
-                raise
-            # It was there, and another has removed it before it could be looked at.
-            raise LockedError(f"{directory}: another process is at work here") from None
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another has removed the folder that we just found or made
-            raise LockedError(f"{directory}: another process is at work here") from None
-    except OSError as error:
-        if error.errno in command.NO_ROOM:
-            raise
-        raise InputError(f"{directory}: cannot be used: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:  # held by another, or removed with its folder as we opened it
-            raise LockedError(f"{directory}: another process is at work here")
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -11,13 +11,8 @@ job that is at work for this run folder, and follows that one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 from pipeline import command, storage, vertex_checks, vertex_job, vertex_options
@@ -110,8 +105,7 @@ def execute(config: VertexTask) -> int:
     if is_trained(task.run_dir, training.config):
         log.info("%s: already trained and exported", task.run_dir)
         return command.DONE
-    with stop_signal() as stop:
-        return Training(Service(config.vertex), config.vertex, task, stop).finish()
+    return Training(Service(config.vertex), config.vertex, task).finish()
 
 
 def is_trained(run_dir: str, asked: dict[str, Any]) -> bool:
@@ -128,21 +122,6 @@ def is_trained(run_dir: str, asked: dict[str, Any]) -> bool:
         )
     except (ValueError, TypeError, KeyError):
         return False
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets."""
-    stop = threading.Event()
-
-    def handle(_: int, __: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

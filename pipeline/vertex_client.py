@@ -5,40 +5,28 @@ Its client, of google-cloud-aiplatform, takes seconds to load: here, where it is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.util
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+from pipeline import services
 from pipeline.command import FAILED, InputError
 from pipeline.redaction import one_line
 from pipeline.vertex_options import ATTEMPT_LABEL, RUN_LABEL, VertexConfig
 
 REQUEST_SECONDS = 60.0  # that one may take
 NEEDS_EXTRA = "training on Vertex AI needs the cloud extra: pip install 'digits-pipeline[cloud]'"
-CREDENTIALS = "try: gcloud auth application-default login"
+SERVICE, ROLE = "Vertex AI", "Vertex AI User"
 
 SUCCEEDED = "SUCCEEDED"
 FAILED_STATE = "FAILED"
 CANCELLED = "CANCELLED"
 CANCELLING = "CANCELLING"
 ENDED = (SUCCEEDED, FAILED_STATE, CANCELLED, "EXPIRED", "PARTIALLY_SUCCEEDED")
-
-
-class NoAnswerError(Exception):
-    """No answer came, or one that may be another the next time; the message says which."""
-
-
-class QuotaError(NoAnswerError):
-    """The project may not have as much, or may not ask as often; the message is the service's."""
-
-
-class RefusedError(InputError):
-    """The service does not do what it is asked for, whenever it is asked."""
 
 
 class JobError(InputError):
@@ -80,7 +68,8 @@ class Job:
 class Service:
     """The custom jobs of one project in one region.
 
-    All methods raise `NoAnswerError` where asking again may help, and `RefusedError` where not.
+    All methods raise `services.NoAnswerError` where asking again may help, and
+    `services.RefusedError` where not.
     """
 
     def __init__(self, config: VertexConfig) -> None:
@@ -91,7 +80,7 @@ class Service:
         """Makes a job of a request, as `vertex_job.request` gives it.
 
         Raises:
-            QuotaError: the project may not have as much.
+            services.QuotaError: the project may not have as much.
         """
         from google.cloud.aiplatform_v1.types import CustomJob
 
@@ -169,47 +158,6 @@ def _connect(config: VertexConfig) -> Any:
         )
 
 
-@contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Says in one line why what is asked of the service inside fails.
-
-    Raises:
-        NoAnswerError: no answer, or one that may be another next time.
-        QuotaError: too much was asked for.
-        RefusedError: what is asked for is wrong, or the credentials are.
-    """
-    import requests
-    from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError, TransportError
-    from google.protobuf.json_format import ParseError
-
-    try:
-        yield
-    except exceptions.TooManyRequests as error:
-        raise QuotaError(said(error)) from None
-    except exceptions.ServerError as error:
-        raise NoAnswerError(f"HTTP {error.code}") from None
-    except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise RefusedError(
-            f"Vertex AI: access denied (HTTP {error.code}): {said(error)}; expected the role"
-            " Vertex AI User, and the API enabled"
-        ) from None
-    except exceptions.GoogleAPICallError as error:
-        raise RefusedError(
-            f"Vertex AI refuses it (HTTP {int(error.code or 0)}): {said(error)}"
-        ) from None
-    except TransportError as error:
-        raise NoAnswerError(
-            f"the credentials could not be renewed: {type(error).__name__}"
-        ) from None
-    except GoogleAuthError as error:  # what it says may hold what belongs in no log
-        raise RefusedError(
-            f"the Google credentials cannot be used ({type(error).__name__}); {CREDENTIALS}"
-        ) from None
-    except (ParseError, requests.RequestException, ConnectionError, TimeoutError) as error:
-        raise NoAnswerError(type(error).__name__) from None
-
-
-def said(error: Any) -> str:
-    """What the service says of an error, without the request that it repeats."""
-    return one_line(re.sub(r"^[A-Z]+ https?://\S+: ", "", str(error.message)))
+def told() -> AbstractContextManager[None]:
+    """`services.told` of this service."""
+    return services.told(SERVICE, ROLE)

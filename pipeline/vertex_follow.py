@@ -9,40 +9,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from pipeline import command, leases, vertex_job
-from pipeline.command import LockedError, log
-from pipeline.vertex_client import (
-    CANCELLED,
-    CANCELLING,
-    SUCCEEDED,
-    Job,
-    JobError,
-    NoAnswerError,
-    QuotaError,
-    RefusedError,
-)
+from pipeline.command import InputError, LockedError, StoppedError, log
+from pipeline.interrupts import Interrupts
+from pipeline.services import Asking, NoAnswerError, QuotaError, RefusedError
+from pipeline.vertex_client import CANCELLED, CANCELLING, SERVICE, SUCCEEDED, Job, JobError
 from pipeline.vertex_job import Task
 from pipeline.vertex_options import VertexConfig
 
-FIRST_SECONDS = 1.0  # the first pause between two questions; each is longer than the one before
-GROWTH = 1.5
 REPEAT_SECONDS = 600.0  # after which a state that stays is told again
 CANCEL_SECONDS = 300.0  # for the trainer to save, and the service to notice
 CANCEL_PATIENCE_SECONDS = 60.0
 RESOURCE_EXHAUSTED = 8  # of google.rpc.Code
 EXIT_CODE = re.compile(r"exited with a non-zero status(?: code)?(?: of)? (\d+)")
-
-T = TypeVar("T")
-P = ParamSpec("P")
-
-
-class StoppedError(Exception):
-    """A stop was asked for."""
 
 
 class Jobs(Protocol):
@@ -61,67 +44,6 @@ class Jobs(Protocol):
         """Asks for the end of one."""
 
 
-class Asking:
-    """Asks a service until it answers; between two questions it waits, longer each time.
-
-    Attributes:
-        longest: of its pauses, in seconds.
-        patience: how long it goes on where no answer comes, in seconds.
-        stop: ends every pause.
-    """
-
-    def __init__(self, *, longest: float, patience: float, stop: threading.Event) -> None:
-        self.longest = longest
-        self.patience = patience
-        self.stop = stop
-        self._silent_since: float | None = None
-        self._pause = FIRST_SECONDS
-
-    def begin(self) -> None:
-        """The next pause is the first one again."""
-        self._pause = FIRST_SECONDS
-
-    def wait(self) -> None:
-        """Pauses; raises `StoppedError` at once where a stop was asked for."""
-        if self.stop.wait(min(self._pause, self.longest)):
-            raise StoppedError
-        self._pause *= GROWTH
-
-    def unanswered(self, error: NoAnswerError) -> None:
-        """Waits until it is worth asking again.
-
-        Raises:
-            JobError: no answer has come for too long.
-        """
-        now = time.monotonic()
-        if self._silent_since is None:
-            self._silent_since = now
-            self.begin()
-            log.info("no answer from Vertex AI (%s); asking on for %g s", error, self.patience)
-        if now - self._silent_since > self.patience:
-            raise JobError(
-                f"no answer from Vertex AI for {self.patience:g} seconds ({error}); a job that is"
-                " at work goes on there, and the same command finds it",
-                command.UNREACHABLE,
-            )
-        self.wait()
-
-    def until_answered(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Asks until there is an answer."""
-        while True:
-            if self.stop.is_set():
-                raise StoppedError
-            try:
-                answer = ask(*args, **kwargs)
-            except NoAnswerError as error:
-                self.unanswered(error)
-            else:
-                if self._silent_since is not None:
-                    self._silent_since = None
-                    self.begin()
-                return answer
-
-
 class Training:
     """The training of one run, as one custom job.
 
@@ -129,48 +51,47 @@ class Training:
         service: that runs it.
         config: where, and on what.
         task: what is to be trained.
-        stop: set where it is to be cancelled.
     """
 
-    def __init__(
-        self, service: Jobs, config: VertexConfig, task: Task, stop: threading.Event
-    ) -> None:
+    def __init__(self, service: Jobs, config: VertexConfig, task: Task) -> None:
         self.service = service
         self.config = config
         self.task = task
-        self.stop = stop
         self._job: Job | None = None  # the last that was heard of it
 
     def finish(self) -> int:
         """Sees to it that a job trains the run, and follows it to its end; returns an exit code.
 
         Raises:
-            JobError: it did not end well, or the service has no room or does not answer.
+            JobError: it did not end well, or the service has no room.
+            UnreachableError: the service does not answer.
             LockedError: a job of another attempt is at work in this folder.
+            StoppedError: a SIGTERM came, and the job was cancelled.
         """
-        waited = False
-        try:
-            while True:
-                job = self._find()
-                was_dying = job is not None and job.state == CANCELLING
-                ended = self._follow(job or self._submit())
-                if was_dying and ended.state != SUCCEEDED:
-                    continue  # what ended that one was meant for an earlier command
-                if waited or exit_code(ended.error) != command.LOCKED:
-                    return outcome(ended, self.config)
-                waited = True
-                self._wait_for_lock(ended)
-        except StoppedError:
-            self._cancel()
-            return command.TERMINATED
-        except KeyboardInterrupt:
-            self._cancel()
-            raise
+        with Interrupts() as interrupts:
+            try:
+                return self._finish(interrupts)
+            except (StoppedError, KeyboardInterrupt) as stop:
+                said = self._cancel()
+                log.info("%s", said)
+                raise type(stop)(said) from None
 
-    def _asking(self) -> Asking:
-        return Asking(
-            longest=self.config.poll_seconds, patience=self.config.patience_seconds, stop=self.stop
-        )
+    def _finish(self, interrupts: Interrupts) -> int:
+        waited = False
+        while True:
+            job = self._find()
+            was_dying = job is not None and job.state == CANCELLING
+            ended = self._follow(job or self._submit(interrupts))
+            if was_dying and ended.state != SUCCEEDED:
+                continue  # what ended that one was meant for an earlier command
+            if waited or exit_code(ended.error) != command.LOCKED:
+                return outcome(ended, self.config)
+            waited = True
+            self._wait_for_lock(ended)
+
+    def _asking(self, most: float = float("inf")) -> Asking:
+        patience = min(most, self.config.patience_seconds)
+        return Asking(SERVICE, patience=patience, longest=self.config.poll_seconds)
 
     def _find(self) -> Job | None:
         """The job that is at work for this attempt of the run, if there is one.
@@ -190,7 +111,7 @@ class Training:
         log.info("found %s (%s)", jobs[0].name, jobs[0].display_name)
         return jobs[0]
 
-    def _submit(self) -> Job:
+    def _submit(self, interrupts: Interrupts) -> Job:
         """Makes a job: one, even where the answer is lost on its way here.
 
         Raises:
@@ -200,7 +121,8 @@ class Training:
         asking = self._asking()
         while True:
             try:
-                job = self.service.create(request)
+                with interrupts.held():  # a request that was heard is to be cancelled as well
+                    self._job = job = self.service.create(request)
             except QuotaError as error:
                 raise JobError(no_room(self.config, str(error)), command.UNREACHABLE) from None
             except NoAnswerError as error:
@@ -240,19 +162,14 @@ class Training:
         """
         _, lapse = leases.times()
         log.info("%s: %s; once more in %g seconds", ended.name, ended.error, lapse)
-        if self.stop.wait(lapse):
-            raise StoppedError
+        time.sleep(lapse)
 
-    def _cancel(self) -> None:
-        """Cancels what is at work for this attempt, and waits for its end.
+    def _cancel(self) -> str:
+        """Cancels what is at work for this attempt, waits for its end, and says what came of it.
 
         It asks what that is: the answer to the request for a job may have been lost.
         """
-        asking = Asking(
-            longest=self.config.poll_seconds,
-            patience=min(CANCEL_PATIENCE_SECONDS, self.config.patience_seconds),
-            stop=threading.Event(),
-        )
+        asking = self._asking(CANCEL_PATIENCE_SECONDS)
         deadline = time.monotonic() + CANCEL_SECONDS
         try:
             jobs = asking.until_answered(self.service.unfinished, self.task.run_label)
@@ -266,13 +183,13 @@ class Training:
             for name in sorted(names):
                 while not asking.until_answered(self.service.get, name).is_over:
                     if time.monotonic() > deadline:
-                        log.warning("%s is still being cancelled", name)
-                        return
+                        return f"{name} is still being cancelled"
                     asking.wait()
-        except (JobError, RefusedError) as error:
-            log.error("it may not be cancelled: %s", error)
-            return
-        log.info("cancelled; the same command goes on from the last checkpoint")
+        except InputError as error:  # it refuses, or does not answer
+            return f"the job may not be cancelled: {error}"
+        if not names:
+            return "no job was at work"
+        return "cancelled; the same command goes on from the last checkpoint"
 
 
 def outcome(job: Job, config: VertexConfig) -> int:

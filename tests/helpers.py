@@ -113,23 +113,6 @@ def free_ports(count):
     return ports
 
 
-def run_doomed(program, *arguments):
-    """Runs a program that kills itself, or ends well; (exit code, what it printed, its log)."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, log = process.communicate(timeout=600)
-    finally:
-        process.kill()  # does nothing to one that has ended
-    return process.returncode, said, log
-
-
 def tree(folder):
     """{relative name: content} of every file under a folder, hidden ones included."""
     folder = Path(folder)

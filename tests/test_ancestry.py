@@ -43,8 +43,8 @@ def add_model(root, *learned_from):
     return path
 
 
-def look(root, judged):
-    return ancestry.look(root, "models/1", judged, load_manifest(judged))
+def examine(root, judged):
+    return ancestry.examine(root, "models/1", judged, load_manifest(judged))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_images_of_test_in_what_was_learned_from(root, judged, splits, images):
     # 4 was in its test as well: nothing has learned from that.
     _, name = make(root / "datasets/old", train=[1, 2, 9], validation=[3, 8], test=[4])
     add_model(root, (name, splits))
-    assert look(root, judged) == {
+    assert examine(root, judged) == {
         "model": "models/1", "images": images, "datasets": [name], "unknown": [],
     }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_an_image_counts_once_however_many_datasets_hold_it(root, judged):
     _, one = make(root / "datasets/one", train=[1, 2], test=[0])
     _, two = make(root / "datasets/two", train=[9], validation=[2, 3], test=[0])
     add_model(root, (one, "train"), (two, "train"), (two, "train validation"))
-    found = look(root, judged)
+    found = examine(root, judged)
     assert (found["images"], found["datasets"]) == (3, [one, two])
 
 
@@ -71,7 +71,7 @@ def test_the_same_dataset_in_another_order_of_its_parts(root, judged):
     """What a moved split looks like: not one image is new."""
     _, name = make(root / "datasets/old", train=[1, 2, 3, 4, 5], test=[6])
     add_model(root, (name, "train"))
-    assert look(root, judged)["images"] == 5
+    assert examine(root, judged)["images"] == 5
 
 
 def test_what_is_gone_or_damaged_is_not_known(root, judged):
@@ -82,7 +82,7 @@ def test_what_is_gone_or_damaged_is_not_known(root, judged):
     (root / "datasets/.incomplete").mkdir()  # what a killed process left, and what is no dataset
     (root / "datasets/notes").touch()
     add_model(root, ("f" * 32, "train"), (None, ""), (two, "train"), (one, "train"))
-    found = look(root, judged)
+    found = examine(root, judged)
     assert (found["images"], found["datasets"]) == (1, [one])
     assert found["unknown"] == ["f" * 32, ancestry.UNNAMED, two]
 
@@ -105,7 +105,7 @@ def test_each_manifest_is_read_once(root, judged, monkeypatch):
         return load_manifest(folder)
 
     monkeypatch.setattr(ancestry, "load_manifest", noted)
-    assert look(root, judged)["images"] == 2
+    assert examine(root, judged)["images"] == 2
     assert sorted(read) == ["1", "2", "9", "judged"]
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_does_not_say(root, judged, text):
     path.unlink()
     if text is not None:
         path.write_text(text)
-    found = look(root, judged)
+    found = examine(root, judged)
     assert (found["images"], found["unknown"]) == (0, [ancestry.UNNAMED])
 
 
@@ -123,30 +123,30 @@ def test_a_damaged_test_is_told(root, judged):
     add_model(root)
     next(judged.glob("test-*")).write_bytes(b"")
     with pytest.raises(InputError, match=r"test-00000-of-00001.tfrecord: has 0 bytes"):
-        look(root, judged)
+        examine(root, judged)
 
 
 def test_what_was_found_stays_for_the_whole_run(root, judged, tmp_path, caplog):
-    def settle(start="models/1"):
-        return ancestry.settle(root, tmp_path / "run", start, judged, load_manifest(judged))
+    def start(model="models/1"):
+        return ancestry.starting_model(root, tmp_path / "run", model, judged, load_manifest(judged))
 
     caplog.set_level(logging.WARNING)
     (tmp_path / "run").mkdir()
-    assert settle(None) is None
+    assert start(None) is None
     assert ancestry.told({"reason": "so"}, tmp_path / "run") == {
         "reason": "so", "warm_start": None,
     }  # fmt: skip
     folder, name = make(root / "datasets/old", train=[7], test=[0])
     add_model(root, (name, "train"))
-    assert settle() == root / "models/1"
+    assert start() == root / "models/1"
     assert caplog.messages == []
     told = ancestry.told({"reason": "so"}, tmp_path / "run")
     assert (told["reason"], told["warm_start"]["datasets"]) == ("so", [name])
     shutil.rmtree(folder)
     make(folder, train=[1], test=[0])
-    assert settle() == root / "models/1"
+    assert start() == root / "models/1"
     (tmp_path / "run" / ancestry.NOTE_FILE).unlink()
-    assert settle() == root / "models/1"  # the dataset of this name is gone
+    assert start() == root / "models/1"  # the dataset of this name is gone
     (said,) = caplog.messages
     assert said == (
         "whether models/1 has learned from images of test is not known of all datasets that it was"

@@ -24,6 +24,7 @@ from pipeline import (
     gcs_publish,
     ledger,
     plan,
+    promotion,
     registry,
     retrain,
     state,
@@ -199,7 +200,8 @@ class Job:
     def touch(self):
         """The same images, written again later."""
         for path in self.source.iterdir():
-            os.utime(path, (1_700_000_000 + len(self.lines()), 1_700_000_000))
+            later = path.stat().st_mtime + 1
+            os.utime(path, (later, later))
 
     def change(self):
         helpers.write_idx(self.source, helpers.make_images(seed=len(self.lines()) + 1))
@@ -357,7 +359,7 @@ def test_a_damaged_file_closes_the_run_and_what_is_new_is_reached(job):
         raise InputError("a file is damaged")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="is damaged"):
-        patch.setattr(chain.ancestry, "settle", refuses)
+        patch.setattr(chain.ancestry, "starting_model", refuses)
         job(day=3, seed=6)
     assert job.outcomes() == ["promoted", "failed"]
     assert job.lines()[1]["reason"] == "a file is damaged"
@@ -372,7 +374,7 @@ def test_what_is_no_fault_of_the_run_leaves_it_open(job, monkeypatch, error):
         raise error("not now")
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(chain.ancestry, "settle", refuses)
+        patch.setattr(chain.ancestry, "starting_model", refuses)
         job()
     assert job.lines() == []
     assert job() == (0, ["task", "evaluate"])
@@ -578,6 +580,25 @@ def test_other_rules_are_asked_of_what_was_kept_out(job):
     assert contents(job.root) == before
 
 
+def test_other_rules_are_asked_although_the_source_was_touched_as_well(job):
+    assert job("--min_accuracy=0.95") == (KEPT, ALL)
+    job.touch()
+    assert job("--min_accuracy=0.95", day=2) == (0, ["preprocess"])
+    job.touch()
+    assert job(day=3) == (0, ALL)
+    assert job.outcomes() == ["kept", "promoted"]
+
+
+def test_what_was_kept_out_can_be_forced_in_although_the_source_was_touched(job):
+    assert job("--min_accuracy=0.95") == (KEPT, ALL)
+    job.touch()
+    force = ("--min_accuracy=0.95", "--force_promote", "--reason=we must")
+    assert job(*force, day=2) == (0, ALL)
+    job.touch()
+    assert job(*force, day=3) == (0, ["preprocess"])  # what was promoted stays
+    assert [line["forced"] for line in job.lines()] == [False, True]
+
+
 def test_other_rules_after_another_champion_need_another_report(job):
     assert job("--min_accuracy=0.95") == (KEPT, ALL)
     assert job(day=2, seed=5) == (0, ["task", "evaluate"])
@@ -695,6 +716,18 @@ def killed_before(job, monkeypatch, owner, name, *flags, **options):
         job(*flags, **options)
 
 
+def test_a_decision_is_on_the_model_that_stands_there(job, monkeypatch):
+    job()
+    killed_before(job, monkeypatch, registry, "publish", day=2, seed=5)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    model = run / "export/model.json"
+    worse = {"model_id": "another", "accuracy": 0.85}
+    put(model, json.dumps(json.loads(model.read_text()) | worse))
+    assert job(day=2, seed=5) == (KEPT, ["task", "evaluate"])
+    assert json.loads((run / "decision.json").read_text())["model_id"] == "another"
+    assert registry.champion(job.root).version == 1
+
+
 @pytest.mark.parametrize("to", [1, 2])
 def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
     job()
@@ -716,7 +749,7 @@ def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
 
 def test_a_copy_that_the_pointer_never_named_is_published(job, monkeypatch):
     job()
-    killed_before(job, monkeypatch, registry, "_swap", day=2, seed=5)
+    killed_before(job, monkeypatch, promotion, "_swap", day=2, seed=5)
     assert [version.version for version in registry.versions(job.root)] == [1, 2]
     assert registry.champion(job.root).version == 1
     assert job(day=2, seed=5) == (0, ["task"])

@@ -1,14 +1,17 @@
 import dataclasses
+import hashlib
 import io
 import logging
 import shutil
+import struct
 
 import numpy as np
 import pytest
 
 from pipeline import storage
 from pipeline.command import UNREACHABLE, InputError, UnreachableError
-from trainer import checkpoints
+from pipeline.gcs import GcsPath
+from trainer import checkpoints, run_folder
 from trainer.checkpoints import Checkpoints, DamagedError, Progress
 from trainer.config import PRESETS
 from trainer.model import MLP
@@ -22,6 +25,9 @@ ARRAYS = [
     np.zeros((0, 4), np.float32),
     np.array([np.nan, -0.0, np.inf, 1e-45], np.float32),
 ]
+
+
+RUN = run_folder.describe(PRESETS["core"], "d1", ["CPU:0"])
 
 
 class Numbers:
@@ -41,7 +47,7 @@ class Numbers:
 
 
 def opened(folder, *, numbers=None, **changed):
-    options = {"run": "run", "seconds": 10.0} | changed
+    options = {"run": RUN, "seconds": 10.0} | changed
     return Checkpoints(folder, numbers or Numbers(), **options)
 
 
@@ -189,21 +195,82 @@ def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, target, why):
 
 def test_a_checkpoint_that_goes_meanwhile_is_passed_over(tmp_path, monkeypatch, caplog):
     saved(tmp_path, 10, 20)
-    files = Checkpoints._files
+    files = checkpoints.newest_first
 
-    def and_one_that_is_gone(self):
-        return [tmp_path / "step-00000030.ckpt", *files(self)]
+    def and_one_that_is_gone(directory):
+        return [tmp_path / "step-00000030.ckpt", *files(directory)]
 
-    monkeypatch.setattr(Checkpoints, "_files", and_one_that_is_gone)
+    monkeypatch.setattr(checkpoints, "newest_first", and_one_that_is_gone)
     assert opened(tmp_path, writes=False).restore().epoch == 2
     assert "damaged (it is gone); going on from step-00000020.ckpt" in caplog.text
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_by_its_difference(tmp_path):
     saved(tmp_path, 10)
-    with pytest.raises(InputError, match=r"step-00000010\.ckpt: a checkpoint of another run"):
-        opened(tmp_path, run="another").restore()
+    for shown in (None, GcsPath("bucket", "c")):
+        with pytest.raises(InputError) as raised:
+            opened(tmp_path, run=RUN | {"replicas": 2}, shown=shown).restore()
+        assert str(raised.value) == (
+            f"{shown or tmp_path}: holds a run with replicas None, not 2; expected a new folder,"
+            " or the flags it was started with"
+        )
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def header(**progress):
+    return {"run": RUN, "progress": {"epoch": 1} | progress}
+
+
+@pytest.mark.parametrize(
+    ("content", "arrays"),
+    [
+        (header(lives=9), Numbers().values()),
+        (header() | {"progress": 7}, Numbers().values()),
+        (header() | {"run": "0123456789abcdef"}, Numbers().values()),
+        ({"progress": {}}, Numbers().values()),
+        ({"run": RUN}, Numbers().values()),
+        (header(), Numbers().values()[:1]),
+        (header(), Numbers().values()[::-1]),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path, content, arrays):
+    path = tmp_path / "step-00000010.ckpt"
+    with path.open("wb") as file:
+        checkpoints.write(file, content, arrays)
+    with pytest.raises(InputError, match=f"^{path}: not as this version of the program writes it"):
+        opened(tmp_path).restore()
+    assert path.exists()
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"no header"])
+def test_a_whole_file_of_another_form_is_refused_and_stays(tmp_path, content):
+    path = tmp_path / "step-00000010.ckpt"
+    data = struct.pack("<Q", len(content)) + content + b"x" * 100
+    path.write_bytes(data + hashlib.sha256(data).digest())
+    with pytest.raises(InputError, match=f"^{path}: not as this version of the program writes it"):
+        opened(tmp_path).restore()
+    assert path.exists()
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_the_newest_that_tells_its_run_is_found_by_its_header(tmp_path):
+    assert checkpoints.newest(tmp_path / "none") is None
+    saved(tmp_path, 99_999_999, 100_000_000)
+    newer, older = tmp_path / "step-100000000.ckpt", tmp_path / "step-99999999.ckpt"
+    assert checkpoints.newest(tmp_path) == (newer, RUN)
+    newer.write_bytes(newer.read_bytes()[:-9])  # of what is cut, the header still tells
+    assert checkpoints.newest(tmp_path) == (newer, RUN)
+    content = newer.read_bytes()
+    for damaged in (content.replace(b'"replicas": null', b'"replicas": 2   '), content[:50], b""):
+        assert damaged != content
+        newer.write_bytes(damaged)
+        assert checkpoints.newest(tmp_path) == (older, RUN)
+
+
+def test_of_steps_with_more_digits_the_newest_are_kept(tmp_path):
+    saved(tmp_path, 99_999_998, 99_999_999, 100_000_000)
+    names = [path.name for path in checkpoints.newest_first(tmp_path)]
+    assert names == ["step-100000000.ckpt", "step-99999999.ckpt"]
 
 
 def test_a_save_that_fails_leaves_the_ones_before(tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 
 from pipeline import options, preprocess
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
 from pipeline.records import read_records
 from trainer import job, run_folder, sources, stream
+from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import PRESETS
 from trainer.data import cut, epoch_order, load_split, shards_of
 from trainer.sources import open_source, resolve_input
@@ -243,13 +247,16 @@ def test_several_splits_are_joined(small_dataset):
     np.testing.assert_array_equal(joined.labels, np.concatenate([part.labels for part in parts]))
 
 
+SIZE = 600 * 3144  # bytes of the train and validation images of `small_dataset`
+
+
 @pytest.mark.parametrize(
     ("wanted", "replicas", "memory", "expected"),
     [
-        ("auto", 1, 8 * 2 * 600 * 3144, "resident"),  # an eighth holds 600 examples twice
-        ("auto", 1, 8 * 2 * 600 * 3144 - 8, "stream"),
-        ("auto", 3, 8 * 4 * 600 * 3144, "resident"),  # as read, and on three replicas
-        ("auto", 3, 8 * 4 * 600 * 3144 - 8, "stream"),
+        ("auto", 1, 8 * 3 * SIZE, "resident"),  # as read, as a tensor, and on the replica
+        ("auto", 1, 8 * 3 * SIZE - 8, "stream"),
+        ("auto", 3, 8 * 5 * SIZE, "resident"),
+        ("auto", 3, 8 * 5 * SIZE - 8, "stream"),
         ("resident", 1, 1, "resident"),
         ("stream", 4, 1 << 40, "stream"),
     ],
@@ -258,31 +265,65 @@ def test_input_by_the_size_of_the_set(
     small_dataset, monkeypatch, wanted, replicas, memory, expected
 ):
     monkeypatch.setattr(sources, "memory", lambda: memory)
-    assert resolve_input(wanted, load_manifest(small_dataset), replicas) == expected
+    devices = [f"/replica:0/task:0/device:CPU:{i}" for i in range(replicas)]
+    assert resolve_input(wanted, load_manifest(small_dataset), devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        ([8 * SIZE, 8 * SIZE], [1], "resident"),
+        ([8 * SIZE, 8 * SIZE - 8], [1 << 40], "stream"),  # the smallest decides
+    ],
+)
+def test_input_by_the_memory_of_gpus(small_dataset, monkeypatch, own, others, expected):
+    monkeypatch.setattr(sources, "memory", lambda: 1 << 40)
+    limits = {f"/device:GPU:{i}": limit for i, limit in enumerate(own + others)}
+    listed = [
+        SimpleNamespace(name=name, memory_limit=limit)
+        for name, limit in {"/device:CPU:0": 1, **limits}.items()
+    ]
+    monkeypatch.setattr(device_lib, "list_local_devices", lambda: listed)
+    devices = [f"/job:localhost/replica:0/task:0/device:GPU:{i}" for i in range(len(own))]
+    assert resolve_input("auto", load_manifest(small_dataset), devices) == expected
 
 
 @pytest.mark.parametrize(
     ("asked", "began", "expected"),
     [
         ("auto", None, "stream"),  # so little memory as this machine has
-        ("auto", '{"input": "resident"}', "resident"),
-        ("auto", '{"input": "stream"}', "stream"),
-        ("auto", '{"input": "auto"}', "stream"),
-        ("auto", "[]", "stream"),
-        ("auto", "{", "stream"),
-        ("stream", '{"input": "resident"}', "stream"),  # refused later, as another run
+        ("auto", "resident", "resident"),
+        ("auto", "stream", "stream"),
+        ("stream", "stream", "stream"),
+        ("stream", "resident", None),
     ],
 )
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_auto_is_what_a_run_began_with(
-    small_dataset, tmp_path, monkeypatch, asked, began, expected
+    small_dataset, tmp_path, monkeypatch, asked, began, expected, elsewhere
 ):
     monkeypatch.setattr(sources, "memory", lambda: 1)
-    places = run_folder.places(tmp_path / "run", {}, {})
-    if began is not None:
-        places.run.mkdir()
-        places.config.write_text(began)
-    config = dataclasses.replace(PRESETS["core"], input=asked)
+    places = run_folder.places(tmp_path, {}, {})
+    manifest, core = load_manifest(small_dataset), dataclasses.replace(PRESETS["core"], replicas=1)
+    earlier = dataclasses.replace(core, input=began)
+    content = run_folder.describe(earlier, manifest.dataset_id, ["CPU:0"])
+    if began is not None and elsewhere:  # its checkpoints alone are where this run's are
+        trained = SimpleNamespace(values=list)
+        Checkpoints(places.checkpoints, trained, run=content, seconds=0).save(Progress(), 1)
+    elif began is not None:
+        places.config.write_text(json.dumps(content))
+    config = dataclasses.replace(core, input=asked)
     alone = SimpleNamespace(is_chief=True)
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    made = job.settle(config, load_manifest(small_dataset), places, None, strategy, alone)
-    assert (made.config.input, made.content["input"]) == (expected, expected)
+
+    def settled():
+        return job.settle(config, manifest, places, None, strategy, alone)
+
+    if expected is None:
+        before = helpers.tree(tmp_path)
+        with pytest.raises(InputError, match=r": holds a run with input resident, not stream;"):
+            settled()
+        assert helpers.tree(tmp_path) == before
+    else:
+        made = settled()
+        assert (made.config.input, made.content["input"]) == (expected, expected)

@@ -13,14 +13,29 @@ import helpers
 import memory_bucket
 import pytest
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     GoogleCloudOptions,
     PipelineOptions,
     SetupOptions,
     StandardOptions,
 )
 
-from pipeline import dataflow, dataflow_options, gcs, gcs_publish, runners
-from pipeline.command import FailedError, InputError, LockedError, StoppedError
+from pipeline import (
+    dataflow,
+    dataflow_follow,
+    dataflow_notes,
+    dataflow_options,
+    gcs,
+    gcs_publish,
+    runners,
+)
+from pipeline.command import (
+    FailedError,
+    InputError,
+    LockedError,
+    StoppedError,
+    UnreachableError,
+)
 from pipeline.gcs import GcsPath
 from pipeline.interrupts import Interrupts
 
@@ -177,6 +192,15 @@ def test_what_follows_from_other_options(monkeypatch):
     assert options.view_as(SetupOptions).setup_file == str(helpers.ROOT / "setup.py")
     assert options.view_as(SetupOptions).save_main_session is False
     assert options.view_as(dataflow_options.JobOptions).on_sigterm == "cancel"
+    assert options.view_as(DebugOptions).experiments is None
+
+
+def test_nothing_is_staged_for_workers_beside_an_image():
+    given = ["--sdk_container_image=image:1", "--experiments=a", "--temp_location=gs://b/t"]
+    options = PipelineOptions(given)
+    dataflow_options.complete(options)
+    experiments = options.view_as(DebugOptions).experiments
+    assert experiments == ["a", "disable_logging_submission_environment"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +311,7 @@ def test_the_folders_of_an_evaluation_that_workers_reach(monkeypatch):
     ids=["plain", "lines", "long", "token", "key", "traceback", "two"],
 )
 def test_a_message_in_one_line(text, line):
-    assert dataflow.last_line(text) == line
+    assert dataflow_follow.last_line(text) == line
 
 
 def test_which_message_explains():
@@ -301,7 +325,7 @@ def test_which_message_explains():
         (reason, trace, trace),
         (trace, trace + "2", trace + "2"),
     ):
-        assert dataflow.explaining(said, text) == expected
+        assert dataflow_follow.explaining(said, text) == expected
 
 
 @pytest.mark.parametrize(
@@ -314,10 +338,13 @@ def test_which_message_explains():
     ],
 )
 def test_states_in_words(state, words):
-    assert dataflow.plain(state) == words
+    assert dataflow_follow.plain(state) == words
 
 
-NOTE = dataflow.Note(project="my-project-1", region="r", job_id="j1", identity="same")
+NOTE = dataflow_notes.Note(
+    project="my-project-1", region="r", name="n", request_id="id-1", identity="same", job_id="j1"
+)
+ASKED = dataclasses.replace(NOTE, job_id="")  # as it is before the service has answered
 
 
 @pytest.mark.parametrize(
@@ -331,7 +358,7 @@ NOTE = dataflow.Note(project="my-project-1", region="r", job_id="j1", identity="
     ],
 )
 def test_exit_codes_of_jobs_that_end_badly(state, said, kind, code, line):
-    error = dataflow.failure(NOTE, f"JOB_STATE_{state}", said)
+    error = dataflow_follow.failure(NOTE, f"JOB_STATE_{state}", said)
     assert (type(error), error.exit_code) == (kind, code)
     assert str(error).startswith(line)
 
@@ -350,10 +377,16 @@ class Answer:
 class Jobs:
     """Answers as the client does: one state after another, the last for ever."""
 
-    def __init__(self, *states, said=()):
+    def __init__(self, *states, said=(), known=""):
         self.states = [f"JOB_STATE_{state}" for state in states]
         self.said = list(said)
+        self.known = known
         self.cancelled = []
+
+    def find(self, _):
+        if isinstance(self.known, Exception):
+            raise self.known
+        return self.known
 
     def get(self, _):
         return Answer(state=self.states.pop(0) if len(self.states) > 1 else self.states[0])
@@ -373,23 +406,23 @@ class Jobs:
 def naps(monkeypatch):
     """How long was slept; time passes in no other way."""
     naps = []
-    monkeypatch.setattr(dataflow.time, "sleep", naps.append)
-    monkeypatch.setattr(dataflow.time, "monotonic", lambda: sum(naps))
+    monkeypatch.setattr(dataflow_follow.time, "sleep", naps.append)
+    monkeypatch.setattr(dataflow_follow.time, "monotonic", lambda: sum(naps))
     return naps
 
 
 def test_following_a_job_to_its_end(naps):
     jobs = Jobs("QUEUED", "RUNNING", "RUNNING", "DONE")
-    assert dataflow.follow(jobs, NOTE) == ("JOB_STATE_DONE", "")
+    assert dataflow_follow.follow(jobs, NOTE) == ("JOB_STATE_DONE", "")
     assert naps == [5.0] * 3
 
 
 def test_a_failed_job_is_given_time_to_explain(naps):
     said = [Answer(text="starting"), Answer(text=""), Answer(text="torn", is_error=True)]
-    assert dataflow.follow(Jobs("FAILED", said=said), NOTE) == ("JOB_STATE_FAILED", "torn")
+    assert dataflow_follow.follow(Jobs("FAILED", said=said), NOTE) == ("JOB_STATE_FAILED", "torn")
     assert naps == [1.0] * 2
     naps.clear()
-    assert dataflow.follow(Jobs("FAILED"), NOTE) == ("JOB_STATE_FAILED", "")
+    assert dataflow_follow.follow(Jobs("FAILED"), NOTE) == ("JOB_STATE_FAILED", "")
     assert naps == [1.0] * 50
 
 
@@ -397,14 +430,14 @@ def test_secrets_of_a_worker_are_in_nothing_said(naps, caplog):
     text = "pipeline.command.InputError: gs://a/b: token=SECRET [while running 'X']"
     said = [Answer(text="with ya29.SECRET"), Answer(text=text, is_error=True)]
     with caplog.at_level(logging.INFO, "digits_pipeline"):
-        state, reason = dataflow.follow(Jobs("RUNNING", "FAILED", said=said), NOTE)
+        state, reason = dataflow_follow.follow(Jobs("RUNNING", "FAILED", said=said), NOTE)
     assert "with (left out)" in caplog.text
-    assert str(dataflow.failure(NOTE, state, reason)) == "gs://a/b: (left out)"
+    assert str(dataflow_follow.failure(NOTE, state, reason)) == "gs://a/b: (left out)"
     assert "SECRET" not in caplog.text + reason
 
 
 def test_following_for_a_while(naps):
-    assert dataflow.follow(Jobs("RUNNING"), NOTE, 12.0) == ("JOB_STATE_RUNNING", "")
+    assert dataflow_follow.follow(Jobs("RUNNING"), NOTE, 12.0) == ("JOB_STATE_RUNNING", "")
     assert naps == [5.0] * 3
 
 
@@ -455,30 +488,145 @@ def test_a_job_that_cannot_be_cancelled(work, naps):
 
 @pytest.mark.parametrize("state", ["RUNNING", "QUEUED", "DONE"])
 def test_the_same_work_is_taken_up(work, state):
-    assert dataflow.take_up(Jobs(state), work) == NOTE
+    assert dataflow_notes.take_up(Jobs(state), work) == NOTE
     assert (work.folder / "part").read_bytes() == b"half"
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED"])
 @pytest.mark.parametrize("identity", ["same", "other"])
 def test_work_that_failed_is_begun_again(work, state, identity):
-    assert dataflow.take_up(Jobs(state), dataclasses.replace(work, identity=identity)) is None
+    assert dataflow_notes.take_up(Jobs(state), dataclasses.replace(work, identity=identity)) is None
     assert list(work.folder.parent.walk()) == []
 
 
 def test_other_work_is_begun_once_the_job_has_ended(work):
     other = dataclasses.replace(work, identity="other")
     with pytest.raises(LockedError, match="gs://bucket/out: job j1 was left running, and makes"):
-        dataflow.take_up(Jobs("RUNNING"), other)
+        dataflow_notes.take_up(Jobs("RUNNING"), other)
     assert gcs_publish.kept(work.folder) == dataclasses.asdict(NOTE)
-    assert dataflow.take_up(Jobs("DONE"), other) is None
+    assert dataflow_notes.take_up(Jobs("DONE"), other) is None
     assert gcs_publish.kept(work.folder) is None
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "DONE"])
+def test_a_job_whose_answer_was_lost_is_found_by_its_name(work, state):
+    dataflow_notes.write(ASKED, work)
+    assert dataflow_notes.take_up(Jobs(state, known="j1"), work) == NOTE
+    assert dataflow_notes.read(work) == NOTE  # from now on by its id
+    other = dataclasses.replace(work, identity="other")
+    dataflow_notes.write(ASKED, work)
+    if state == "RUNNING":
+        with pytest.raises(LockedError, match="job j1 was left running, and makes something else"):
+            dataflow_notes.take_up(Jobs(state, known="j1"), other)
+    else:
+        assert dataflow_notes.take_up(Jobs(state, known="j1"), other) is None
+
+
+def test_a_job_that_was_never_made_is_asked_for_again(work, caplog):
+    caplog.set_level(logging.INFO, "digits_pipeline")
+    dataflow_notes.write(ASKED, work)
+    assert dataflow_notes.take_up(Jobs(), work) is None
+    assert caplog.messages == ["job n, which was left running, was never made: starting again"]
+    assert list(work.folder.parent.walk()) == []
+
+
+def test_while_nobody_knows_whether_there_is_a_job_its_note_stays(work):
+    dataflow_notes.write(ASKED, work)
+    with pytest.raises(UnreachableError):
+        dataflow_notes.take_up(Jobs(known=UnreachableError("no answer")), work)
+    assert dataflow_notes.read(work) == ASKED
+
+
+@pytest.mark.parametrize(
+    ("how", "known", "said", "note"),
+    [
+        ("cancel", "j1", "job j1 was cancelled", None),
+        ("detach", "j1", "job j1 goes on alone, and the same command takes it up again", NOTE),
+        ("cancel", "", "job n may have been submitted; the same command takes it up if", ASKED),
+        ("detach", UnreachableError("x"), "job n may have been submitted; the same com", ASKED),
+    ],
+)
+def test_stopped_before_the_answer_came(work, naps, how, known, said, note):
+    dataflow_notes.write(ASKED, work)
+    jobs = Jobs("RUNNING", known=known)
+    assert dataflow.stopped(jobs, ASKED, work, how).startswith(said)
+    assert dataflow_notes.read(work) == note
+    assert jobs.cancelled == ([NOTE] if how == "cancel" and known else [])
+
+
+def test_stopped_before_anything_was_asked_for(work):
+    assert dataflow.stopped(Jobs(), None, work, "cancel") == "no job was submitted"
+
+
+class Asked:
+    """A description of a job, as far as a note is made of it."""
+
+    google_cloud_options = dataflow_options.GoogleCloudOptions(project="my-project-1", region="r")
+    proto = type("Proto", (), {"name": "n", "client_request_id": "id-1"})
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (None, NOTE),
+        (UnreachableError("no answer"), ASKED),
+        (FailedError("no right to look"), ASKED),
+        (LockedError("another"), None),
+        (InputError("refused"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_job_is_noted_before_it_is_asked_for(work, error, note):
+    dataflow_notes.remove(work)
+    jobs, seen = Jobs(), []
+
+    def create(job, asked):
+        seen.append((asked, dataflow_notes.read(work)))
+        if error is not None:
+            raise error
+        return "j1"
+
+    jobs.create = create
+    announced = dataflow.announce(Asked, work)
+    if error is None:
+        assert dataflow.submit(jobs, Asked, announced, work) == NOTE
+    else:
+        with pytest.raises(type(error)):
+            dataflow.submit(jobs, Asked, announced, work)
+    assert seen == [(ASKED, ASKED)]
+    assert dataflow_notes.read(work) == note
+
+
+@pytest.mark.parametrize(
+    ("error", "is_kept"),
+    [
+        (RuntimeError("not every row was scored"), False),
+        (InputError("changed while it was read"), False),
+        (KeyError("statistics"), False),
+        (UnreachableError("no answer"), True),
+        (LockedError("taken over"), True),
+        (OSError(28, "No space left on device"), True),
+        (StoppedError("a SIGTERM"), True),
+        (KeyboardInterrupt(), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_wrong_with_a_result_is_made_anew(work, error, is_kept):
+    with pytest.raises(type(error)), runners.accepting(work):
+        raise error
+    assert dataflow_notes.read(work) == (NOTE if is_kept else None)
+
+
+def test_the_note_on_a_result_that_is_right_is_for_who_publishes_it(work):
+    with runners.accepting(work):
+        pass
+    assert dataflow_notes.read(work) == NOTE
 
 
 def test_no_work_to_be_taken_up(work):
     gcs_publish.let_go(work.folder)
-    assert dataflow.take_up(Jobs(), work) is None
-    assert dataflow.take_up(Jobs(), runners.Work(stage="s", output="o")) is None
+    assert dataflow_notes.take_up(Jobs(), work) is None
+    assert dataflow_notes.take_up(Jobs(), runners.Work(stage="s", output="o")) is None
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ import time
 import helpers
 import pytest
 import test_gcs
-from dataflow_service import Script, Service
+from dataflow_service import TOKEN, Script, Service
 from test_gcs import assert_equal, files_of
+from test_vertex import SECRET, fake_account
 
-from pipeline import dataflow, gcs_publish, preprocess, storage
+from pipeline import dataflow_follow, gcs_publish, preprocess, storage
 from pipeline.command import UNREACHABLE, InputError
 from pipeline.gcs import GcsPath
 
@@ -31,16 +32,16 @@ pytestmark = pytest.mark.cloud
 
 # The command, with a service that is asked often, and little patience.
 HASTY = """
-from pipeline import dataflow, dataflow_client, leases, {module}
-dataflow.POLL_SECONDS, dataflow.EXPLAIN_SECONDS = 0.05, 1.0
+from pipeline import dataflow_client, dataflow_follow, leases, {module}
+dataflow_follow.POLL_SECONDS, dataflow_follow.EXPLAIN_SECONDS = 0.05, 1.0
 dataflow_client.PATIENCE_SECONDS, dataflow_client.SUBMIT_SECONDS = {patience}, 1.0
 leases.HEARTBEAT_SECONDS, leases.LAPSE_SECONDS = 0.3, 3.0
+{first}
 {module}.main()
 """
-IMAGE = (
-    "--sdk_container_image=europe-docker.pkg.dev/p/r/digits:1",
-    "--experiments=disable_logging_submission_environment",  # a list of all packages: seconds
-)
+# Kills the command once its job is done, and its result not published.
+KILLED = "import os, signal; {} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
+IMAGE = ("--sdk_container_image=europe-docker.pkg.dev/p/r/digits:1",)
 PACKAGE = ("--setup_file=./setup.py",)
 WORKERS = (
     "--job_name=digits-by-hand",
@@ -122,8 +123,8 @@ def run_preprocess(service, output, *flags):
     return run("preprocess", service, *dataset(output), *flags)
 
 
-def run(module, service, *flags):
-    program = HASTY.format(module=module, patience=PATIENCE)
+def run(module, service, *flags, first=""):
+    program = HASTY.format(module=module, patience=PATIENCE, first=first)
     return helpers.run_python("-c", program, *arguments(service, *flags), timeout=PATIENCE)
 
 
@@ -133,17 +134,17 @@ def refused(service, output, monkeypatch):
     from pipeline import dataflow_client  # of the cloud extra
 
     for module, name, seconds in (
-        (dataflow, "POLL_SECONDS", 0.05),
-        (dataflow, "EXPLAIN_SECONDS", 0.5),
+        (dataflow_follow, "POLL_SECONDS", 0.05),
+        (dataflow_follow, "EXPLAIN_SECONDS", 0.5),
         (dataflow_client, "SUBMIT_SECONDS", 1.0),
     ):
         monkeypatch.setattr(module, name, seconds)
 
-    def run(*flags):
+    def run(*flags, left=()):
         config = preprocess.parse([*dataset(output), *arguments(service, *flags)])
         with pytest.raises(InputError) as caught:
             preprocess.execute(config)
-        assert list(output.parent.walk()) == []
+        assert tuple(output.parent.walk()) == left
         return caught.value
 
     return run
@@ -152,7 +153,7 @@ def refused(service, output, monkeypatch):
 def start(service, output, *flags, patience=PATIENCE):
     return subprocess.Popen(
         [
-            *(sys.executable, "-c", HASTY.format(module="preprocess", patience=patience)),
+            *(sys.executable, "-c", HASTY.format(module="preprocess", patience=patience, first="")),
             *arguments(service, *dataset(output), *flags),
         ],
         env=os.environ | {"PYTHONPATH": str(helpers.ROOT)},
@@ -434,6 +435,9 @@ def test_dry_run_of_an_evaluation(whole, service, models, output):
     assert plan["request"]["body"]["name"].startswith("digits-evaluate-")
     (pool,) = plan["request"]["body"]["environment"]["workerPools"]
     assert pool["workerHarnessContainerImage"] == IMAGE[0].partition("=")[2]
+    # Nothing that a worker would have to put in a folder of root's.
+    assert [staged["file"].rpartition("/")[2] for staged in plan["staged"]] == ["pipeline.pb"]
+    assert "packages" not in pool
 
 
 # How jobs end
@@ -493,8 +497,8 @@ def test_a_service_that_is_unavailable_for_a_while(service, output):
     code, said = end(process)
     assert code == 1
     assert service.failing == []
-    for refusal in (503, 429, 500):
-        assert f"Dataflow does not answer (HTTP {refusal}: " in said
+    assert said.count("no answer from Dataflow") == 1
+    assert "no answer from Dataflow (HTTP 503: made to fail); asking on for" in said
     assert "job 2026-11-20_03_00_00-1 failed" in said.splitlines()[-1]
 
 
@@ -507,8 +511,10 @@ def test_a_service_that_is_gone_for_good(service, output, local, tmp_path):
     service.failing += [503] * 1000
     code, said = end(process)
     assert code == 1
-    assert "Dataflow gives no answer for 2 seconds: HTTP 503: " in said.splitlines()[-1]
-    assert said.splitlines()[-1].endswith("goes on, and the same command takes it up again")
+    assert said.splitlines()[-1].endswith(
+        "no answer from Dataflow for 2 seconds (HTTP 503: made to fail); a job that is at work goes"
+        " on there, and the same command finds it"
+    )
     assert files_of(output) == {}
     service.failing.clear()
     going_on.set()
@@ -520,27 +526,64 @@ def test_a_service_that_is_gone_for_good(service, output, local, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "line"),
+    ("answer", "code", "line", "left"),
     [
-        ((403, "no right to create jobs"), 2, "Dataflow refuses the job: HTTP 403: "),
+        (
+            (403, "no right to create jobs"),
+            2,
+            "Dataflow: access denied (HTTP 403): no right to create jobs; expected the role",
+            (),
+        ),
+        ((400, "no such machine"), 2, "Dataflow refuses it (HTTP 400): no such machine", ()),
         (
             (429, "Quota exceeded"),
             UNREACHABLE,
-            "Dataflow gives no answer for 1 seconds: HTTP 429: ",
+            "no answer from Dataflow for 1 seconds (Quota exceeded); a job that is at work goes",
+            (".out.incomplete/.kept",),  # one of the requests may have been heard
         ),
         (
             (409, "There is already an active job"),
             75,
             "a job named digits-by-hand is at work in my-project-1, europe-west1; try again",
+            (),
         ),
     ],
-    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
+    ids=["403", "400", "429", "409"],
 )
-def test_a_job_that_is_refused(service, refused, answer, code, line):
+def test_a_job_that_is_refused(service, refused, answer, code, line, left):
     service.refused = answer
-    error = refused(*IMAGE, "--job_name=digits-by-hand")
+    error = refused(*IMAGE, "--job_name=digits-by-hand", left=left)
     assert error.exit_code == code
     assert str(error).startswith(line)
+
+
+def test_no_credentials_are_said_anywhere(service, output, tmp_path):
+    """Real ones reach the service, which repeats them; all that is said and written is searched."""
+    account, _, _ = fake_account(tmp_path)
+    key = json.loads(account.read_text()) | {"token_uri": f"{service.endpoint}/token"}
+    account.write_text(json.dumps(key))
+    service.echoing = True
+    flags = [flag for flag in arguments(service, *IMAGE) if flag != "--no_auth"]
+    done = helpers.run_python(
+        *("-c", HASTY.format(module="preprocess", patience=PATIENCE, first="")),
+        *(*dataset(output), "--verbosity=1", *flags),
+        env={
+            "GOOGLE_APPLICATION_CREDENTIALS": account,
+            "HTTPS_PROXY": "http://127.0.0.1:9",  # nobody listens: they are for no other server
+            "NO_PROXY": "127.0.0.1,localhost",
+        },
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "access denied (HTTP 403): not with Authorization: (left out); expected the" in last
+    assert service.tokens == [f"Bearer {TOKEN}"]
+    secrets = [SECRET, TOKEN, *key["private_key"].splitlines()[1:-1]]
+    assert len(secrets) == 2 + 26
+    written = [(TEMP / name).read_bytes().decode(errors="replace") for name in TEMP.walk()]
+    said = [done.stdout, done.stderr, *written]
+    assert [secret for secret in secrets if any(secret in text for text in said)] == []
+    assert list(output.parent.walk()) == []
 
 
 # The chain
@@ -667,6 +710,16 @@ def test_told_to_detach_it_leaves_the_job_and_takes_it_up_again(service, output,
     assert beside(output) == []
 
 
+def again(service, output):
+    """Gives the command again, once the lock of the one that was killed has lapsed."""
+    done = run_preprocess(service, output, *PACKAGE)
+    if done.returncode == 75:
+        time.sleep(3.0)
+        done = run_preprocess(service, output, *PACKAGE)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def test_a_job_whose_command_was_killed_is_taken_up_again(service, output, local, tmp_path):
     going_on = threading.Event()
     execute = from_the_bucket(tmp_path / "job")
@@ -675,13 +728,61 @@ def test_a_job_whose_command_was_killed_is_taken_up_again(service, output, local
     process.kill()
     end(process)
     going_on.set()
-    done = run_preprocess(service, output, *PACKAGE)
-    if done.returncode == 75:  # the lock of the one that was killed had not lapsed
-        time.sleep(3.0)
-        done = run_preprocess(service, output, *PACKAGE)
-    assert done.returncode == 0, done.stderr
+    again(service, output)
     assert len(service.jobs) == 1
     assert_equal(files_of(output), files_of(local))
+    assert beside(output) == []
+
+
+def test_a_job_whose_command_was_killed_as_it_asked_for_it_is_taken_up_by_its_name(
+    service, output, local, tmp_path
+):
+    service.script = Script(execute=from_the_bucket(tmp_path / "job"))
+    process = start(service, output, *PACKAGE)
+    create = service._create
+
+    def heard(*request):
+        answer = create(*request)
+        process.kill()
+        process.wait()
+        return answer
+
+    service._create = heard
+    end(process)
+    assert gcs_publish._read_kept(output.parent / ".out.incomplete")[1]["job_id"] == ""
+    said = again(service, output)
+    assert "going on with job 2026-11-20_03_00_00-1, which was left running" in said
+    assert len(service.jobs) == 1
+    assert_equal(files_of(output), files_of(local))
+    assert beside(output) == []
+
+
+def test_a_dataset_whose_job_is_done_is_paid_for_once(service, output, local, tmp_path):
+    service.script = Script(execute=from_the_bucket(tmp_path / "job"))
+    killed = KILLED.format("preprocess.require_unchanged")
+    done = run("preprocess", service, *dataset(output), *PACKAGE, first=killed)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert service.only.state == "DONE"
+    assert files_of(output) == {}
+    assert "going on with job 2026-11-20_03_00_00-1" in again(service, output)
+    assert len(service.jobs) == 1
+    assert_equal(files_of(output), files_of(local))
+    assert beside(output) == []
+
+
+def test_a_report_whose_job_is_done_is_paid_for_once(whole, service, models, output, tmp_path):
+    _, scored_dataset, _ = whole
+    files, _ = models
+    flags = (*scored(MODELS, scored_dataset, output), *PACKAGE)
+    service.script = Script(execute=from_the_bucket(tmp_path / "job"))
+    done = run("evaluate", service, *flags, first=KILLED.format("evaluate.page.render_html"))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert files_of(output) == {}
+    time.sleep(3.0)
+    done = run("evaluate", service, *flags)
+    assert done.returncode == 0, done.stderr
+    assert len(service.jobs) == 1
+    assert_equal(files_of(output), files)
     assert beside(output) == []
 
 

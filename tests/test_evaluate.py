@@ -238,11 +238,10 @@ def test_a_damaged_shard_is_one_clear_line(export_model, small_dataset, tmp_path
 
 
 @pytest.mark.parametrize("given_as", ["model_dir", "baseline_dir", "compare_dirs"])
-def test_a_model_of_other_classes_is_told_before_anything_runs(
-    export_model, small_dataset, tmp_path, given_as, monkeypatch
+def test_a_model_of_other_classes_is_one_clear_line(
+    export_model, small_dataset, tmp_path, given_as
 ):
-    monkeypatch.setattr("pipeline.runners.run", None)
-    good, bad = export_model(1), export_model(3, num_classes=7)
+    good, bad = export_model(1), export_model(3, num_classes=7)  # neither names its classes
     options = {given_as: (bad,) if given_as == "compare_dirs" else bad}
     with pytest.raises(InputError, match=f"{bad}: answers with 7 classes, the dataset has 10"):
         run(options.pop("model_dir", good), small_dataset, tmp_path / "report", **options)
@@ -281,6 +280,52 @@ def test_a_model_whose_weights_are_damaged_is_one_clear_line(export_model, small
     weights.unlink()
     with pytest.raises(InputError, match=f"{bad}: no variables/variables.index"):
         run(bad, small_dataset, tmp_path / "report")
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """Saves a model that answers with nothing but its images, under this name."""
+    import tensorflow as tf
+
+    def make(output="probabilities", named="serving_default"):
+        module = tf.Module()
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8, name="images")])
+        def answer(images):
+            return {output: tf.cast(images, tf.float32) / 255}
+
+        folder = tmp_path_factory.mktemp("model")
+        tf.saved_model.save(module, str(folder), signatures={named: answer})
+        (folder / "model.json").write_text('{"model_id": "m"}')
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"output": "scores"}, "expected a SavedModel whose serving_default gives probabilities"),
+        ({"named": "other"}, "expected a SavedModel whose serving_default gives probabilities"),
+        ({}, "answers with 4 dimensions, expected 2"),
+    ],
+)
+def test_a_model_that_answers_otherwise_is_one_clear_line(
+    save, small_dataset, tmp_path, options, said
+):
+    model = save(**options)
+    with pytest.raises(InputError, match=f"^{model}: {said}$"):
+        run(model, small_dataset, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_graph_cut_short_is_one_clear_line(export_model, keep):
+    model = export_model(1)
+    path = model / "saved_model.pb"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=f"^{model}: cannot be loaded as a SavedModel: [^\n]+$"):
+        inference.load_checked(model)
 
 
 def test_a_failed_evaluation_leaves_no_earlier_report(export_model, small_dataset, tmp_path):

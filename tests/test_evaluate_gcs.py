@@ -146,8 +146,7 @@ def spoil(path):
         ),
     ],
 )
-def test_what_is_damaged_in_a_bucket_is_one_clear_line(bucket, file, said, monkeypatch):
-    monkeypatch.setattr("pipeline.models.require_scorable", lambda *_: None)
+def test_what_is_damaged_in_a_bucket_is_one_clear_line(bucket, file, said):
     storage.write_atomic(ROOT / "report/report.json", b"old")
     spoil(ROOT / file)
     with pytest.raises(InputError) as caught:

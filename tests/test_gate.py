@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import gate
+from pipeline import decisions, gate
 from pipeline.command import InputError
 from pipeline.dataset import load_manifest
 from pipeline.gate import Check
@@ -142,7 +142,7 @@ def test_against_the_champion(classes, wrong):
 def test_a_class_without_test_images_is_named():
     """Whatever its training images are worth, nothing here would show it."""
     report = make_report(((50, 0, 0, 0), (0, 0, 0, 0)), names=["cat", "dog"])
-    assert gate.reason(report, judge(report)) == (
+    assert decisions.reason(report, judge(report)) == (
         "test images of class dog: 0, required 1 (--min_class_images says how many are enough)"
     )
 
@@ -238,7 +238,7 @@ def test_a_leak_fails_the_gate():
     report = make_report()
     assert failed(report, leaked=3) == [LEAK]
     assert failed(make_report(champion=False), leaked=1) == [LEAK]
-    text = gate.reason(report, judge(report, leaked=3))
+    text = decisions.reason(report, judge(report, leaked=3))
     assert text == (
         "images of test in train or validation: 3, required at most 0"
         " (--drop_leaks leaves them out of both)"
@@ -263,7 +263,7 @@ def make_version(**changes):
 
 
 def decide(report, *, force_reason=None, **changes):
-    return gate.decision(
+    return decisions.make(
         report,
         Rules(),
         judge(report, **changes),
@@ -311,7 +311,7 @@ def test_decision_holds_every_number():
 def test_a_report_on_another_champion(champion):
     report = make_report()
     with pytest.raises(ValueError, match="compares with model old, not the champion"):
-        gate.decision(
+        decisions.make(
             report,
             Rules(),
             judge(report),
@@ -330,7 +330,7 @@ def test_reason_of_the_first_promotion():
 def test_reason_of_a_significant_promotion():
     report = make_report(((90, 5, 0, 5),))
     checks = judge(report, promote_if=SIGNIFICANTLY_BETTER)
-    assert gate.reason(report, checks) == (
+    assert decisions.reason(report, checks) == (
         "95 correct, the champion 90 of the same rows;"
         " better than the champion by chance, p 0.031; no class significantly worse"
     )
@@ -380,13 +380,13 @@ def test_force_where_it_was_not_needed():
 )
 def test_a_decision_is_about_one_champion(champion, about):
     champion = champion and make_version(**champion)
-    assert gate.is_about(decide(make_report()), champion) == about
+    assert decisions.is_about(decide(make_report()), champion) == about
 
 
 def test_a_first_decision_is_about_no_champion():
     decided = decide(make_report(champion=False))
-    assert gate.is_about(decided, None)
-    assert not gate.is_about(decided, make_version())
+    assert decisions.is_about(decided, None)
+    assert not decisions.is_about(decided, make_version())
 
 
 @pytest.mark.parametrize(

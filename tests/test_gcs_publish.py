@@ -597,6 +597,57 @@ def test_what_is_kept_outlives_a_failure_until_it_is_let_go(bucket):
         assert bool(standing(bucket)) is not is_let_go
 
 
+@pytest.mark.parametrize("order", [list, reversed], ids=["as listed", "reversed"])
+@CASES
+def test_killed_before_every_change_a_job_is_paid_for_once(
+    bucket, before, replace, order, monkeypatch
+):
+    """Its note stays until its result is published, and no longer; in whatever order files go."""
+    jobs = []
+    monkeypatch.setattr(
+        gcs_publish, "_all", lambda action, names: [action(name) for name in order(list(names))]
+    )
+
+    def command():
+        with storage.published_whole(
+            FINAL, replace=replace, last=LAST, resume=True, left_out=["tally"]
+        ) as staging:
+            if gcs_publish.kept(staging) is None:
+                gcs_publish.keep(staging, {"job": "j"})
+                jobs.append(staging)
+                put(bucket, {f"{staging.key}/{name[9:]}": NEW[name] for name in NEW})
+                put(bucket, {f"{staging.key}/tally": b"of the block"})
+            assert (staging / "tally").read_bytes() == b"of the block"
+
+    def killed(step, number):
+        if number >= step:
+            raise KilledError
+
+    put(bucket, before)
+    bucket.changes = 0
+    command()
+    count = bucket.changes
+    assert (len(jobs), standing(bucket)) == (1, NEW)
+    published = 0
+    for step in range(count):
+        for name in standing(bucket):
+            del bucket.objects[name]
+        put(bucket, before)
+        jobs.clear()
+        bucket.before, bucket.changes = functools.partial(killed, step), 0
+        with pytest.raises(KilledError):
+            command()
+        bucket.before = lambda number: None
+        bucket.clock += LATER
+        storage.recover(FINAL)
+        if visible(bucket) == NEW:
+            published += 1
+        else:
+            command()
+        assert (len(jobs), standing(bucket)) == (1, NEW)
+    assert len(NEW) < published < count - len(NEW)
+
+
 def test_who_takes_up_nothing_sweeps_what_is_kept(bucket):
     left = leave()
     with storage.published_whole(FINAL, last=LAST) as staging:

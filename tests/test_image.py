@@ -58,6 +58,18 @@ def test_the_worker_of_beam_is_the_entrypoint_and_needs_no_root():
     assert environment["RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT"] == "1"
 
 
+def test_what_its_programs_write_they_write_where_their_user_may():
+    """Beam's worker program in the folder it is started in, libraries where ENV says."""
+    at = [step.name for step in STEPS].index("USER")
+    (home,) = re.findall(r"useradd --create-home --uid \d+ (\w+)", " ".join(of("RUN")))
+    assert [step.text for step in STEPS[at:] if step.name == "WORKDIR"] == [f"/home/{home}"]
+    (environment,) = [step.settings() for step in STEPS[:at] if "TFDS_DATA_DIR=" in step.text]
+    folders = {name for name, value in environment.items() if value.startswith("/")}
+    assert folders == {"MPLCONFIGDIR", "TFDS_DATA_DIR", "LD_LIBRARY_PATH"}
+    written = folders - {"LD_LIBRARY_PATH"}  # which is read
+    assert all(environment[name].startswith("/tmp/") for name in written)
+
+
 def test_a_change_of_code_leaves_the_layer_of_dependencies_alone():
     """What is copied before it are three small files, none of them with code of a stage."""
     (installs,) = [

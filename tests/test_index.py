@@ -373,6 +373,15 @@ def test_same_root_same_bytes(root):
     assert [name for name in tree(root) if name.startswith(".")] == []
 
 
+def test_what_a_kill_left_of_the_page_goes_although_nothing_is_new(root):
+    index.write_index(root)
+    before = tree(root)
+    (root / ".index.html.a1b2c3d4").write_text("<!doc")
+    (root / ".somebody.else").write_text("")
+    index.write_index(root)
+    assert tree(root) == before | {".somebody.else": b""}
+
+
 def test_in_a_bucket_as_in_a_folder(root, monkeypatch):
     local = written(root)
     (root / "index.html").unlink()

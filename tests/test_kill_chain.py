@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import doomed
 import helpers
 import pytest
 
@@ -24,46 +25,12 @@ FLAGS = (
     "--checkpoint_seconds=0",
 )
 MOMENTS = 20  # of each kind
-MANY = 1_000_000
-# The command; ends itself by SIGKILL before the nth thing it does to a file under the root, its
-# stages aside, or when so many seconds have passed since the first.
-KILLED = """
-import os, signal, sys, threading, time
-folder, how, moment = sys.argv[1:4]
-del sys.argv[1:4]
-WATCHED = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copyfile"}
-steps, began = 0, None
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def watch(event, arguments):
-    global steps, began
-    if event in WATCHED and isinstance(arguments[0], (str, os.PathLike)):
-        if os.fspath(arguments[0]).startswith(folder):
-            steps += 1
-            if began is None:
-                began = time.monotonic()
-                if how == "seconds":
-                    timer = threading.Timer(float(moment), die)
-                    timer.daemon = True
-                    timer.start()
-            if how == "step" and steps > int(moment):
-                die()
-
-sys.addaudithook(watch)
-from pipeline import retrain
-try:
-    retrain.main()
-finally:
-    print("steps and seconds:", steps, time.monotonic() - began)
-"""
+COMMAND = "from pipeline import retrain; retrain.main()"
 
 
-def run(root, source, how="step", moment=MANY):
-    """Runs the command to its end, its own or ours; (exit code, what it printed, its log)."""
-    arguments = ("--root", root, "--source", f"idx:{source}", *FLAGS)
-    return helpers.run_doomed(KILLED, root, how, moment, *arguments)
+def run(root, source, **killed):
+    """Runs the command to its end, its own or ours."""
+    return doomed.run(COMMAND, root, "--root", root, "--source", f"idx:{source}", *FLAGS, **killed)
 
 
 def wait_for_the_lock(root):
@@ -92,20 +59,19 @@ def old_root(small_idx, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed_root(old_root, small_idx, tmp_path_factory):
-    """A root after a run that nothing disturbed, and the last that it printed. Read only."""
+    """A root after a run that nothing disturbed, and how that ended. Read only."""
     root = shutil.copytree(old_root, tmp_path_factory.mktemp("undisturbed") / "root")
-    code, said, log = run(root, small_idx)
-    assert code == 0, log
-    return root, said.splitlines()[-1]
+    ended = run(root, small_idx)
+    assert ended.code == 0, ended.log
+    return root, ended
 
 
 @pytest.fixture(scope="session")
 def undisturbed(undisturbed_root):
     """What a run comes to, the things it does to files itself, and how long it takes for them."""
-    root, said = undisturbed_root
-    steps, seconds = said.split()[-2:]
-    assert int(steps) > 20
-    return result(root), int(steps), float(seconds)
+    root, ended = undisturbed_root
+    assert ended.steps > 20
+    return result(root), ended.steps, ended.seconds
 
 
 @pytest.fixture(scope="session")
@@ -169,19 +135,18 @@ def test_killed_in_the_middle_of_a_stage(share, old_root, undisturbed, small_idx
 @pytest.mark.parametrize("share", moments())
 def test_killed_as_it_publishes(share, decided_root, undisturbed, small_idx, tmp_path):
     whole = shutil.copytree(decided_root, tmp_path / "whole/root")
-    code, said, log = run(whole, small_idx)
-    assert code == 0, log
+    ended = run(whole, small_idx)
+    assert ended.code == 0, ended.log
     assert result(whole) == undisturbed[0]
-    steps = int(said.splitlines()[-1].split()[-2])
     root = shutil.copytree(decided_root, tmp_path / "root")
-    kill_and_go_on(root, small_idx, "step", int(share * steps), undisturbed[0])
+    kill_and_go_on(root, small_idx, "step", int(share * ended.steps), undisturbed[0])
 
 
 def kill_and_go_on(root, source, how, moment, expected):
     """Kills a run on a root at a moment, and shows that the same command ends the same."""
     assert expected["hidden"] == [".lock"]
     before = registry.champion(root)
-    code, _, log = run(root, source, how, moment)
+    code, log, *_ = run(root, source, how=how, moment=moment)
     assert "Traceback" not in log
     if code == 0 and how == "seconds":  # it was faster than the one that nothing disturbed
         assert result(root) == expected
@@ -192,6 +157,6 @@ def kill_and_go_on(root, source, how, moment, expected):
     champion = registry.champion(root)
     assert champion == before or champion.weights_sha256 == expected["champion"][2]
     assert (root / champion.path / "saved_model.pb").is_file()
-    code, _, log = run(root, source)
-    assert code == 0, log
+    ended = run(root, source)
+    assert ended.code == 0, ended.log
     assert result(root) == expected

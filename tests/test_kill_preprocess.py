@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import doomed
 import helpers
 import pytest
 
@@ -19,31 +20,7 @@ from pipeline.options import PreprocessConfig
 
 NEW = ("--num_shards=3",)
 OLD = ("--num_shards=2",)
-# Ends itself as a SIGKILL would, just before the nth thing it does to the files in a folder.
-KILLED_AT_STEP = """
-import os, signal, sys
-folder, left = sys.argv.pop(1), int(sys.argv.pop(1))
-WATCHED = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
-
-def watch(event, arguments):
-    global left
-    if event not in WATCHED or not isinstance(arguments[0], str):
-        return
-    # Where a tree is removed, names are relative to a folder that is open.
-    relative = event in ("os.remove", "os.rmdir") and arguments[1] != -1
-    if relative or arguments[0].startswith(folder):
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(watch)
-from pipeline import preprocess
-try:
-    preprocess.main()
-finally:
-    print("steps left:", left)
-"""
-MANY = 1_000_000
+COMMAND = "from pipeline import preprocess; preprocess.main()"
 
 
 def spread(count):
@@ -227,15 +204,13 @@ def test_killed_as_something_appears(event, undisturbed, output):
 # At a step: every one of them, as if the machine had stopped there
 
 
-def killed_at_step(undisturbed, output, flags, step):
-    """Kills a run before a step; returns the steps it had left (of `MANY`) where it ended well."""
+def killed_at_step(undisturbed, output, flags, step=doomed.MANY):
+    """Kills a run before a step; returns the steps it took where it ended well, or 0."""
     output.parent.mkdir(exist_ok=True)
     args = command(undisturbed.source, output, flags)[2:]
-    done = helpers.run_python("-c", KILLED_AT_STEP, output.parent, step, *args)
-    if done.returncode == 0:
-        return int(done.stdout.split()[-1])
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    return None
+    ended = doomed.run(COMMAND, output.parent, *args, moment=step)
+    assert ended.code in (0, -signal.SIGKILL), ended.log
+    return ended.steps
 
 
 @pytest.fixture(scope="session")
@@ -247,8 +222,8 @@ def steps(undisturbed, tmp_path_factory):
     over.parent.mkdir()
     put_old(undisturbed, over)
     return (
-        MANY - killed_at_step(undisturbed, fresh, NEW, MANY),
-        MANY - killed_at_step(undisturbed, over, (*NEW, "--overwrite"), MANY),
+        killed_at_step(undisturbed, fresh, NEW),
+        killed_at_step(undisturbed, over, (*NEW, "--overwrite")),
     )
 
 
@@ -266,7 +241,7 @@ def nth_step(total, number):
 @pytest.mark.campaign
 @pytest.mark.parametrize("number", spread(COUNT))
 def test_killed_at_a_step(number, undisturbed, steps, output):
-    assert killed_at_step(undisturbed, output, NEW, nth_step(steps[0], number)) is None
+    assert killed_at_step(undisturbed, output, NEW, nth_step(steps[0], number)) == 0
     new_or_none(undisturbed, output)
     completes(undisturbed, output, NEW)
 
@@ -277,7 +252,7 @@ def test_killed_at_a_step_of_overwriting(number, undisturbed, steps, output):
     flags = (*NEW, "--overwrite")
     output.parent.mkdir()
     put_old(undisturbed, output)
-    assert killed_at_step(undisturbed, output, flags, nth_step(steps[1], number)) is None
+    assert killed_at_step(undisturbed, output, flags, nth_step(steps[1], number)) == 0
     old_new_or_none(undisturbed, output)
     completes(undisturbed, output, flags)
 

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 
+import doomed
 import helpers
 import pytest
 
@@ -18,34 +19,10 @@ FLAGS = (
     "--checkpoint_seconds=0",  # as often as can be: a moment hits one more easily
 )
 MOMENTS = 30
-MANY = 1_000_000
-# Ends itself by SIGKILL: before the nth thing it does to a file in the run folder, a share of the
-# way from its first to its last, in the middle of writing the nth checkpoint, or as the exported
-# model's files appear.
-KILLED = """
-import os, pathlib, signal, sys, threading, time
-folder, how, moment = sys.argv[1:4]
-del sys.argv[1:4]
-WATCHED = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
-steps, began = 0, None
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def watch(event, arguments):
-    global steps, began
-    if event in WATCHED and isinstance(arguments[0], str) and arguments[0].startswith(folder):
-        steps += 1
-        if began is None:
-            began = time.monotonic()
-            if how == "seconds":
-                timer = threading.Timer(float(moment), die)
-                timer.daemon = True
-                timer.start()
-        if how == "step" and steps > int(moment):
-            die()
-
-sys.addaudithook(watch)
+# The command, that also ends itself in the middle of writing the nth checkpoint, or as the
+# exported model's files appear.
+COMMAND = """
+import pathlib
 from trainer import checkpoints, task
 write = checkpoints.write
 
@@ -69,17 +46,14 @@ def lie_in_wait():
 
 if how == "export":
     threading.Thread(target=lie_in_wait, daemon=True).start()
-try:
-    task.main()
-finally:
-    print(steps, time.monotonic() - began)
+task.main()
 """
 
 
-def run(dataset, run_dir, how="step", moment=MANY):
-    """Runs the command to its end, its own or ours; (exit code, what it printed, its log)."""
+def run(dataset, run_dir, **killed):
+    """Runs the command to its end, its own or ours."""
     arguments = ("--dataset_dir", dataset, "--run_dir", run_dir, *FLAGS)
-    return helpers.run_doomed(KILLED, run_dir, how, moment, *arguments)
+    return doomed.run(COMMAND, run_dir, *arguments, **killed)
 
 
 def result(run_dir):
@@ -97,11 +71,10 @@ def result(run_dir):
 def undisturbed(small_dataset, tmp_path_factory):
     """What a run comes to, the things it does to files, and how long it takes for them."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, said, log = run(small_dataset, run_dir)
-    assert code == 0, log
-    steps, seconds = said.split()
-    assert int(steps) > 100
-    return result(run_dir), int(steps), float(seconds)
+    ended = run(small_dataset, run_dir)
+    assert ended.code == 0, ended.log
+    assert ended.steps > 100
+    return result(run_dir), ended.steps, ended.seconds
 
 
 def moments():
@@ -120,13 +93,13 @@ def test_killed_at_a_moment_it_ends_the_same(how, moment, undisturbed, small_dat
     if how in ("step", "seconds"):
         moment = int(moment * steps) if how == "step" else moment * seconds
     run_dir = tmp_path / "run"
-    code, _, log = run(small_dataset, run_dir, how, moment)
+    code, log, *_ = run(small_dataset, run_dir, how=how, moment=moment)
     if how == "seconds" and code == 0:  # it was faster than the one that nothing disturbed
         assert result(run_dir) == expected
         return
     assert code == -signal.SIGKILL, log
-    code, _, log = run(small_dataset, run_dir)
-    assert code == 0, log
+    ended = run(small_dataset, run_dir)
+    assert ended.code == 0, ended.log
     assert result(run_dir) == expected
     left = [name for name in helpers.tree(run_dir) if "incomplete" in name or "/." in name]
     assert left == []

@@ -20,6 +20,7 @@ from trainer.workers import Workers
 
 EPOCHS, STEPS, ROWS, VALIDATION = 3, 5, 17, 7  # 5 steps: four of 4 rows and one of 1
 CONFIG = dataclasses.replace(PRESETS["core"], batch_size=4, epochs=EPOCHS, steps_per_call=2)
+CONTENT = run_folder.describe(CONFIG, "d1", ["CPU:0"])
 NEVER = 1e9  # seconds
 
 
@@ -64,7 +65,7 @@ class Process:
             profile=profile,
         )
         self.files = Checkpoints(
-            folder / "checkpoints", self, run="run", seconds=seconds, writes=workers.is_chief
+            folder / "checkpoints", self, run=CONTENT, seconds=seconds, writes=workers.is_chief
         )
 
     def moment(self):

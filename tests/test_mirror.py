@@ -28,7 +28,7 @@ from trainer.uploads import Background
 from trainer.workers import Workers
 
 PLACES = run_folder.places(GcsPath("bucket", "runs/r1"), {}, {})
-CONTENT = run_folder.describe(test_loop.CONFIG, "d1", ["CPU:0"])
+CONTENT = test_loop.CONTENT
 LATER = datetime.timedelta(seconds=leases.LAPSE_SECONDS + 1)
 WAIT = 60  # seconds, for what takes milliseconds
 
@@ -54,7 +54,7 @@ class Counting(test_loop.Process):
         self.files = Checkpoints(
             mirror.here.checkpoints,
             self,
-            run=run_folder.identity(CONTENT),
+            run=CONTENT,
             seconds=0,
             after=self.after,
             shown=PLACES.checkpoints,
@@ -93,7 +93,8 @@ def train(*, places=PLACES, **options):
 
 
 def export(here, process):
-    model = {"run": run_folder.identity(CONTENT), "config": CONTENT, "weights": process.state}
+    own = {name: CONTENT[name] for name in ("dataset_id", "devices")}
+    model = own | {"config": CONTENT, "weights": process.state}
     (here.model / "variables").mkdir()
     (here.model / "variables" / "data").write_text(str(process.state))
     (here.model / "metrics.jsonl").write_bytes(here.metrics.read_bytes())
@@ -295,11 +296,15 @@ def test_damaged_checkpoint_is_passed_over(bucket, whole, caplog):
 
 def test_checkpoint_of_another_run_is_named_as_the_bucket_names_it(bucket):
     train(stopped_at=6)
-    bucket.objects["runs/r1/config.json"].content = json.dumps(CONTENT).encode()
+    del bucket.objects["runs/r1/config.json"]
+    before = bucket.contents()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "identity", lambda _: "other")
-        with pytest.raises(InputError, match=r"^gs://bucket/runs/r1/checkpoints/.*another run"):
+        patch.setitem(CONTENT, "input", "stream")
+        with pytest.raises(
+            InputError, match=r"^gs://bucket/runs/r1/checkpoints: holds a run with input auto, not"
+        ):
             train()
+    assert bucket.contents() == before
 
 
 # Others, and a server that fails
@@ -400,6 +405,46 @@ def test_local_folders_are_used_as_they_are(bucket, tmp_path):
         mirror.publish()
     assert [path.name for path in places.run.iterdir()] == [".lock"]
     assert bucket.changes == 0
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket", None])
+def test_two_runs_do_not_share_checkpoints_at_once(bucket, tmp_path, folder):
+    folder = folder or tmp_path
+
+    def places(name):
+        run_dir = storage.place(f"{folder}/{name}")
+        return run_folder.places(run_dir, {"checkpoint_dir": f"{folder}/shared"}, {})
+
+    with Mirror(places("a")) as mirror:
+        mirror.hold()
+        with (
+            pytest.raises(LockedError, match=rf"^{folder}/shared: .*at work here") as raised,
+            Mirror(places("b")) as other,
+        ):
+            other.hold()
+        assert raised.value.exit_code == 75
+        assert not places("b").run.exists()
+    with Mirror(places("b")) as other:
+        other.hold()
+        mirror.end()  # has given back its own alone
+        with pytest.raises(LockedError), Mirror(places("a")) as third:
+            third.hold()
+    assert bucket.contents() == {}
+
+
+def test_lock_of_checkpoints_that_is_taken_over_stops_the_run(bucket, tmp_path):
+    given = {"checkpoint_dir": "gs://bucket/shared"}
+    places = run_folder.places(tmp_path / "run", given, {})
+    with pytest.raises(LockedError, match=r"^gs://bucket/shared: "), Mirror(places) as mirror:
+        mirror.hold()
+        bucket.clock += LATER
+        taken = leases.acquire(places.checkpoints)
+        (mirror.here.checkpoints / "step-00000001.ckpt").write_bytes(b"1")
+        mirror._leases[0]._renewed -= 2 * leases.LAPSE_SECONDS
+        mirror.saved()
+        mirror._uploads.wait()
+    assert list(bucket.contents()) == ["shared/.lock"]
+    taken.end()
 
 
 def test_a_bucket_for_the_model_alone(bucket, tmp_path):

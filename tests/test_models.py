@@ -7,55 +7,15 @@ import pytest
 from pipeline import models
 from pipeline.command import InputError
 
-DIGITS = tuple("0123456789")
 
-
-@pytest.fixture(scope="module")
-def save(tmp_path_factory):
-    """Saves a model that answers with an array of this shape; returns its folder."""
-    import tensorflow as tf
-
-    def make(shape, output="probabilities", named="serving_default"):
-        folder = tmp_path_factory.mktemp("model")
-        module = tf.Module()
-
-        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
-        def answer(x):
-            return {"classes": tf.argmax(x, -1), output: x}
-
-        tf.saved_model.save(module, str(folder), signatures={named: answer})
-        (folder / "model.json").write_text(json.dumps({"model_id": "m"}))
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("shape", "classes"),
-    [
-        ((None, 10), 10),
-        ((None, 2), 2),
-        ((500, 256), 256),  # of two bytes
-        ((None, None), None),
-        ((None, 3, 4), None),
-        ((None,), None),
-    ],
-)
-def test_classes_answered_as_tensorflow_says(save, shape, classes):
-    import tensorflow as tf
-
-    folder = save(shape)
-    assert models.classes_answered(folder) == classes
-    spec = tf.saved_model.load(str(folder)).signatures["serving_default"].structured_outputs
-    assert spec["probabilities"].shape.as_list() == list(shape)
-
-
-def test_a_model_of_other_classes(save):
-    folder = save((None, 7))
-    models.require_scorable(folder, DIGITS[:7])
-    with pytest.raises(InputError, match=f"{folder}: answers with 7 classes, the dataset has 10"):
-        models.require_scorable(folder, DIGITS)
-    models.require_scorable(save((None, None)), DIGITS)  # which is seen as it answers
+@pytest.fixture
+def folder(tmp_path):
+    """What looks like an exported model as long as nobody loads it."""
+    for name in ("saved_model.pb", "variables/variables.index"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "model.json").write_text('{"model_id": "m"}')
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -73,38 +33,13 @@ def test_a_model_of_other_classes(save):
         (7, None),
     ],
 )
-@pytest.mark.parametrize("shape", [(None, 2), (None, None)])
-def test_a_model_that_names_other_classes(save, trained_on, said, shape):
-    folder = save(shape)
+def test_a_model_that_names_other_classes(folder, trained_on, said):
     (folder / "model.json").write_text(json.dumps({"model_id": "m", "dataset": trained_on}))
     if said is None:
         models.require_scorable(folder, ("cat", "dog"))
         return
     with pytest.raises(InputError, match=f"^{folder}: {said}$"):
         models.require_scorable(folder, ("cat", "dog"))
-
-
-@pytest.mark.parametrize("options", [{"output": "scores"}, {"named": "other"}])
-def test_a_signature_that_is_not_there(save, options):
-    folder = save((None, 10), **options)
-    with pytest.raises(InputError, match=r"saved_model\.pb: expected a SavedModel whose"):
-        models.require_scorable(folder, DIGITS)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, -1])
-def test_a_graph_cut_short(save, keep):
-    folder = save((None, 10))
-    path = folder / "saved_model.pb"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match="expected a SavedModel"):
-        models.require_scorable(folder, DIGITS)
-
-
-@pytest.mark.parametrize("data", [b"no model at all", b"\xff" * 50, b"\x12\x00", b"\x0b"])
-def test_what_is_no_graph(tmp_path, data):
-    (tmp_path / "saved_model.pb").write_bytes(data)
-    with pytest.raises(InputError, match="expected a SavedModel"):
-        models.classes_answered(tmp_path)
 
 
 def test_curves(tmp_path):

@@ -45,16 +45,32 @@ def last_decision(root):
     return json.loads((root / "runs" / run_id / "decision.json").read_text())
 
 
-def relabelled(data, rows, random):
-    """Gives some rows of train labels of chance."""
-    images, labels = data["train"]
-    labels = labels.copy()
-    labels[rows] = random.permutation(np.arange(rows.sum()) % helpers.NUM_CLASSES)
-    return data | {"train": (images, labels)}
+def relabelled(data, random, chosen, parts=("train",)):
+    """Gives those rows of some parts labels of chance that a function of their labels chooses."""
+    poisoned = dict(data)
+    for part in parts:
+        images, labels = data[part]
+        labels, rows = labels.copy(), chosen(labels)
+        labels[rows] = random.permutation(np.arange(rows.sum()) % helpers.NUM_CLASSES)
+        poisoned[part] = images, labels
+    return poisoned
+
+
+def is_digit(labels):
+    return labels == DIGIT
+
+
+def every(labels):
+    return np.ones(len(labels), bool)
 
 
 def one_digit_shuffled(data, random):
-    return relabelled(data, data["train"][1] == DIGIT, random)
+    return relabelled(data, random, is_digit)
+
+
+def one_digit_shuffled_in_test_too(data, random):
+    """As a source does that is wrong as a whole."""
+    return relabelled(data, random, is_digit, ("train", "test"))
 
 
 def one_digit_shuffled_and_never_asked(data, random):
@@ -65,12 +81,16 @@ def one_digit_shuffled_and_never_asked(data, random):
 
 
 def all_shuffled(data, random):
-    return relabelled(data, np.ones(len(data["train"][1]), bool), random)
+    return relabelled(data, random, every)
+
+
+def all_shuffled_in_test_too(data, random):
+    return relabelled(data, random, every, ("train", "test"))
 
 
 def a_third_relabelled(data, random):
     """Of so few images the network learns every label by heart, the wrong ones as well."""
-    return relabelled(data, random.random(len(data["train"][1])) < 0.3, random)
+    return relabelled(data, random, lambda labels: random.random(len(labels)) < 0.3)
 
 
 def leaked(data, random=None):
@@ -83,7 +103,9 @@ def leaked(data, random=None):
     [
         (one_digit_shuffled, f"class {DIGIT}"),
         (one_digit_shuffled_and_never_asked, f"test images of class {DIGIT}"),
+        (one_digit_shuffled_in_test_too, f"class {DIGIT}"),
         (all_shuffled, "class 0"),
+        (all_shuffled_in_test_too, "accuracy"),
         (a_third_relabelled, "correct answers"),
         (leaked, "images of test in train"),
     ],
@@ -106,8 +128,13 @@ def test_poisoned_data_never_wins(champion_root, tmp_path, poison, named):
 
 def test_leaks_that_are_dropped_are_no_reason_to_refuse(champion_root, tmp_path):
     root = shutil.copytree(champion_root, tmp_path / "root")
-    run_chain(root, tmp_path / "idx", leaked(real_digits()), "--drop_leaks", "--epochs=61")
-    leak = last_decision(root)["checks"][0]
+    done = run_chain(root, tmp_path / "idx", leaked(real_digits()), "--drop_leaks", "--epochs=61")
+    assert done.returncode in (0, 3), done.stderr
+    decided = last_decision(root)
+    report = json.loads((root / "runs" / decided["run_id"] / "report/report.json").read_text())
+    assert (report["lineage"]["dropped"], report["lineage"]["duplicates"]["leaked"]) == (3, 3)
+    assert decided["champion_model_id"] == registry.champion(champion_root).model_id
+    leak = decided["checks"][0]
     assert (leak["check"], leak["value"], leak["passed"]) == (
         "images of test in train or validation", 0, True,
     )  # fmt: skip

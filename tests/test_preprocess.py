@@ -12,7 +12,7 @@ import helpers
 import numpy as np
 import pytest
 
-from pipeline import dataset, existing, options, preprocess, runners, shards, slices
+from pipeline import dataset, existing, options, preprocess, progress, runners, shards, slices
 from pipeline.command import InputError
 from pipeline.dataset import SPLITS, load_manifest
 from pipeline.options import PreprocessConfig
@@ -281,7 +281,7 @@ def test_copies_of_an_image(config, tmp_path):
             "held_out": [],
         },
     }
-    assert preprocess.summary(config.output_dir, manifest).splitlines()[1:] == [
+    assert progress.summary(config.output_dir, manifest).splitlines()[1:] == [
         "1 image with different labels",
         "1 image both in test and in train or validation",
     ]
@@ -381,7 +381,7 @@ def test_labels_out_of_range(tmp_path):
     assert counters["quarantined-label-out-of-range"] == 3
     assert counters["read-train"] + counters["read-test"] == 80
     assert sum(counters[f"written-{split}"] for split in SPLITS) == 77
-    assert preprocess.summary(tmp_path / "out", manifest).splitlines()[1:] == [
+    assert progress.summary(tmp_path / "out", manifest).splitlines()[1:] == [
         "3 rows set aside (3 label out of range), see quarantine/"
     ]
 
@@ -486,7 +486,7 @@ def test_leaks_are_dropped(tmp_path):
     assert metrics(tmp_path / "out")["counters"]["dropped-leaks"] == 3
     assert (
         "3 rows left out of train or validation, being in test as well"
-        in preprocess.summary(tmp_path / "out", manifest).splitlines()
+        in progress.summary(tmp_path / "out", manifest).splitlines()
     )
 
 
@@ -503,7 +503,7 @@ def test_blank_images_are_written_and_flagged(tmp_path):
     manifest = load_manifest(tmp_path / "out")
     assert manifest.flagged == {"blank": 3} and manifest.quarantined["count"] == 0
     assert sum(split.num_examples for split in manifest.splits.values()) == 80
-    summary = preprocess.summary(tmp_path / "out", manifest)
+    summary = progress.summary(tmp_path / "out", manifest)
     assert summary.splitlines()[1:] == ["3 blank images written"]
 
 
@@ -530,18 +530,18 @@ def test_compression(small_dataset, config):
 
 def test_progress_lines(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="digits_pipeline")
-    monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0.001)
     said = threading.Event()
-    info = preprocess.log.info
+    info = progress.log.info
 
     def seen(*args):
         info(*args)
         if args[1] == "1,700":
             said.set()
 
-    monkeypatch.setattr(preprocess.log, "info", seen)
+    monkeypatch.setattr(progress.log, "info", seen)
     done = {"read-train": 9, "left": 5}  # of an earlier run
-    with preprocess.progress_lines(done):
+    with progress.lines(done):
         done |= {"read-train": 1000, "read-test": 700, "written-train": 20}
         done |= {"written-test": 3, "written-validation": 1, "written-bytes": 10**9}
         assert said.wait(60)
@@ -551,7 +551,7 @@ def test_progress_lines(caplog, monkeypatch):
 
 def test_progress_lines_end_with_a_failure():
     before = threading.active_count()
-    with pytest.raises(ValueError, match="stop"), preprocess.progress_lines({}):
+    with pytest.raises(ValueError, match="stop"), progress.lines({}):
         assert threading.active_count() == before + 1
         raise ValueError("stop")
     assert threading.active_count() == before
@@ -559,9 +559,9 @@ def test_progress_lines_end_with_a_failure():
 
 def test_a_run_shows_its_progress(config, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="digits_pipeline")
-    monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0.001)
     said = threading.Event()
-    info = preprocess.log.info
+    info = progress.log.info
 
     def seen(*args):
         info(*args)
@@ -574,7 +574,7 @@ def test_a_run_shows_its_progress(config, caplog, monkeypatch):
         assert said.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(preprocess.log, "info", seen)
+    monkeypatch.setattr(progress.log, "info", seen)
     monkeypatch.setattr(shards, "write", waiting)
     assert execute(config) == 0
     assert "720 rows read, 0 written" in caplog.messages

@@ -7,7 +7,18 @@ import helpers
 import memory_bucket
 import pytest
 
-from pipeline import gcs, gcs_publish, inventory, leases, ledger, pruning, registry, storage
+from pipeline import (
+    gcs,
+    gcs_publish,
+    inventory,
+    leases,
+    ledger,
+    promotion,
+    pruning,
+    registry,
+    storage,
+    versions,
+)
 from pipeline.command import InputError, LockedError
 from pipeline.dataset import load_manifest
 from pipeline.gcs import GcsPath
@@ -144,7 +155,7 @@ def test_a_version_that_was_never_promoted_goes(root):
     for number in (1, 2, 3):
         add_run(root, f"r{number}", f"d{number}", promoted=True)
     second = registry.versions(root)[1]
-    registry._swap(root, second, registry.pointer(root).generation)  # as a crash leaves it
+    promotion._swap(root, second, versions.pointer(root).generation)  # as a crash leaves it
     assert [name for name in prune(root, 2) if name.startswith("models")] == ["models/3"]
 
 

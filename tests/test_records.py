@@ -313,6 +313,7 @@ def test_compressed_shard(tmp_path, pixels):
     content = codec.frame(codec.encode_record(pixels, 1, ID)) * 3
     shard = gzip_shard(tmp_path, content, 3)
     assert codec.read_shard(tmp_path, shard) == content
+    codec.verify_shard(tmp_path, shard)
     assert [record.id for record in codec.read_records(tmp_path, shard)] == [ID] * 3
     assert codec.read_records(tmp_path, gzip_shard(tmp_path, b"", 0)) == []
 
@@ -335,8 +336,9 @@ def test_compressed_shard(tmp_path, pixels):
 def test_compressed_shard_that_is_broken(tmp_path, pixels, change, message):
     content = codec.frame(codec.encode_record(pixels, 1, ID)) * 2
     shard = gzip_shard(tmp_path, content, 2, change)
-    with pytest.raises(InputError, match=rf"a\.tfrecord\.gz: {message}"):
-        codec.read_shard(tmp_path, shard)
+    for check in (codec.read_shard, codec.verify_shard):
+        with pytest.raises(InputError, match=rf"a\.tfrecord\.gz: {message}"):
+            check(tmp_path, shard)
 
 
 def test_compressed_shard_that_swells_is_not_held_in_memory(tmp_path):
@@ -346,6 +348,54 @@ def test_compressed_shard_that_swells_is_not_held_in_memory(tmp_path):
     try:
         with pytest.raises(InputError, match="larger than its records can be"):
             codec.read_shard(tmp_path, shard)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size // 16
+
+
+def test_compressed_shard_is_verified_block_by_block(tmp_path, pixels, monkeypatch):
+    monkeypatch.setattr(codec, "BLOCK", 5)
+    content = codec.frame(codec.encode_record(pixels, 1, ID)) * 3
+    codec.verify_shard(tmp_path, gzip_shard(tmp_path, content, 3))
+    with pytest.raises(InputError, match="cut short, or larger"):
+        codec.verify_shard(tmp_path, gzip_shard(tmp_path, content, 3, lambda data: data + b"more"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "has 299 bytes, the manifest says 300"),
+        (lambda data: data + b"x", "has 301 bytes, the manifest says 300"),
+        (lambda data: b"x" + data[1:], "its checksum differs"),
+        (lambda data: None, "cannot be read: No such file"),
+    ],
+    ids=["shorter", "longer", "other", "missing"],
+)
+def test_shard_that_is_not_what_the_manifest_says(tmp_path, change, message):
+    content = bytes(300)
+    shard = dataset.Shard(
+        file="a.tfrecord", num_examples=3, bytes=300, sha256=hashlib.sha256(content).hexdigest()
+    )
+    (tmp_path / "a.tfrecord").write_bytes(content)
+    codec.verify_shard(tmp_path, shard)
+    (tmp_path / "a.tfrecord").unlink()
+    if (changed := change(content)) is not None:
+        (tmp_path / "a.tfrecord").write_bytes(changed)
+    for check in (codec.read_shard, codec.verify_shard):
+        with pytest.raises(InputError, match=rf"a\.tfrecord: {message}"):
+            check(tmp_path, shard)
+
+
+def test_verifying_a_shard_does_not_hold_it_in_memory(tmp_path):
+    size = 64 << 20
+    with (tmp_path / "a.tfrecord").open("wb") as file:
+        file.truncate(size)
+        digest = hashlib.sha256(bytes(size)).hexdigest()
+    shard = dataset.Shard(file="a.tfrecord", num_examples=1, bytes=size, sha256=digest)
+    tracemalloc.start()
+    try:
+        codec.verify_shard(tmp_path, shard)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -14,7 +14,18 @@ import helpers
 import memory_bucket
 import pytest
 
-from pipeline import gcs, gcs_publish, index, inventory, ledger, pruning, registry, storage
+from pipeline import (
+    gcs,
+    gcs_publish,
+    index,
+    inventory,
+    ledger,
+    promotion,
+    pruning,
+    registry,
+    storage,
+    versions,
+)
 from pipeline.command import InputError, LockedError
 from pipeline.gcs import GcsPath
 from pipeline.registry import Version
@@ -136,19 +147,19 @@ def test_numbers_are_not_given_twice(root, tmp_path):
 def test_publish_takes_up_a_copy_whose_pointer_was_not_swapped(root, tmp_path):
     first = publish(root, tmp_path, "a")
     published = publish(root, tmp_path, "b")
-    registry._swap(root, first, registry.pointer(root).generation)  # as a crash leaves it
+    promotion._swap(root, first, versions.pointer(root).generation)  # as a crash leaves it
     assert publish(root, tmp_path, "b") == published == registry.champion(root)
     assert names(root) == ["1", "2", "champion.json"]
 
 
 def publish_half(root, tmp_path, name):
     """As a process leaves it that was killed before the pointer was swapped."""
-    before = registry.pointer(root)
+    before = versions.pointer(root)
     published = publish(root, tmp_path, name)
     if before.version is None:
         storage.remove(root / "models/champion.json")
     else:
-        registry._swap(root, before.version, registry.pointer(root).generation)
+        promotion._swap(root, before.version, versions.pointer(root).generation)
     return published
 
 
@@ -160,8 +171,8 @@ def test_what_was_never_promoted_is_told_and_removed(root, tmp_path):
     assert second.endswith("run-b") and third.endswith("run-c  not promoted")
     (problem,) = inventory.verify(root)
     assert problem.startswith(f"{root}/models/3: not promoted")
-    assert registry.settle(root) == [3]
-    assert inventory.verify(root) == registry.settle(root) == []
+    assert registry.discard_unpromoted(root) == [3]
+    assert inventory.verify(root) == registry.discard_unpromoted(root) == []
     assert names(root) == ["1", "2", "champion.json"]
 
 
@@ -179,19 +190,19 @@ def test_rollback_neither_takes_nor_leaves_what_was_never_promoted(root, tmp_pat
 
 def test_the_first_version_when_it_was_never_promoted(root, tmp_path):
     publish_half(root, tmp_path, "a")
-    assert registry.settle(root) == [1]
+    assert registry.discard_unpromoted(root) == [1]
     publish_half(root, tmp_path, "a")
     storage.write_atomic(root / "runs.jsonl", '{"run_id": "run-a", "version": 1}\n')
-    assert registry.settle(root) == []  # it was promoted, and the pointer is lost
+    assert registry.discard_unpromoted(root) == []  # it was promoted, and the pointer is lost
 
 
 def test_nothing_is_removed_without_a_pointer_that_tells(root, tmp_path):
     for name in "abc":
         publish(root, tmp_path, name)
     storage.write_atomic(root / "models/champion.json", "{")
-    assert registry.settle(root) == []
+    assert registry.discard_unpromoted(root) == []
     storage.remove(root / "models/champion.json")
-    assert registry.settle(root) == []
+    assert registry.discard_unpromoted(root) == []
     assert names(root) == ["1", "2", "3"]
 
 
@@ -199,7 +210,7 @@ def test_nothing_is_removed_without_a_pointer_that_tells(root, tmp_path):
 def test_publish_takes_up_nothing_else(root, tmp_path, harm):
     first = publish(root, tmp_path, "a")
     publish(root, tmp_path, "b")
-    registry._swap(root, first, registry.pointer(root).generation)
+    promotion._swap(root, first, versions.pointer(root).generation)
     if harm == "a file gone":
         storage.remove(root / "models/2/saved_model.pb")
     if harm == "a byte changed":
@@ -335,25 +346,18 @@ def test_killed_before_any_change_of_a_folder(tmp_path):
 # Readers
 
 
-READER = """
+LOOP = """
 import hashlib, json, sys
 from pathlib import Path
 from pipeline import registry
 root = Path(sys.argv[1])
-print("reading", flush=True)
 seen, rounds = [], 0
 
 def read_pointer():
     return json.loads((root / "models/champion.json").read_text())
 
-def read(champion):
-    folder = root / champion["path"]
-    assert json.loads((folder / "version.json").read_text()) == champion
-    for name, noted in champion["files"].items():
-        content = (folder / name).read_bytes()
-        assert len(content) == noted["bytes"], name
-        assert hashlib.sha256(content).hexdigest() == noted["sha256"], name
-
+{read}
+print("reading", flush=True)
 while not (root / "stop").exists():
     rounds += 1
     champion = read_pointer()
@@ -363,53 +367,74 @@ while not (root / "stop").exists():
         assert read_pointer()["version"] >= champion["version"] + 2
         continue
     assert registry.champion(root).version >= champion["version"]
-    if champion["version"] not in seen:
-        seen.append(champion["version"])
+    seen.append(champion["version"])
 assert seen == sorted(seen), seen
-print(rounds, len(seen))
+print(rounds, len(set(seen)))
+"""
+READ = """
+def read(champion):
+    folder = root / champion["path"]
+    assert json.loads((folder / "version.json").read_text()) == champion
+    for name, noted in champion["files"].items():
+        content = (folder / name).read_bytes()
+        assert len(content) == noted["bytes"], name
+        assert hashlib.sha256(content).hexdigest() == noted["sha256"], name
 """
 
 
-def test_a_reader_in_a_loop_always_finds_a_whole_model(tmp_path):
-    root = tmp_path / "root"
-    for name in "ab":
-        publish(root, tmp_path, name)
+def read_while(change, root, read):
+    """Reads what the pointer names, in a loop and a process of its own, while a function works.
+
+    Returns:
+        How often it was read, and how many versions were seen.
+    """
     reader = subprocess.Popen(
-        [sys.executable, "-c", READER, root],
+        [sys.executable, "-c", LOOP.replace("{read}", read), root],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert reader.stdout.readline() == "reading\n"
+        change()
+        (root / "stop").touch()
+        out, error = reader.communicate(timeout=120)
+    finally:
+        reader.kill()
+    assert reader.returncode == 0, error
+    return map(int, out.split())
+
+
+def test_a_reader_in_a_loop_always_finds_a_whole_model(tmp_path):
+    root = tmp_path / "root"
+    for name in "ab":
+        publish(root, tmp_path, name)
+
+    def change():
         for number in range(40):
             publish(root, tmp_path, f"c{number}")
             current = registry.rollback(root, None)
             assert [removal.folder.name for removal in pruning.prune(root, 1)]
             assert registry.versions(root)[-1] == current
-        (root / "stop").touch()
-        out, error = reader.communicate(timeout=60)
-    finally:
-        reader.kill()
-    assert reader.returncode == 0, error
-    rounds, seen = map(int, out.split())
+
+    rounds, seen = read_while(change, root, READ)
     assert rounds >= seen > 5
 
 
 def test_a_champion_that_is_pruned_as_it_is_read(root, tmp_path, monkeypatch):
     """Whoever was held up looks again at the pointer, which has moved."""
     publish(root, tmp_path, "a")
-    pointer = registry.pointer
+    pointer = promotion.pointer
 
     def held_up(root):
-        monkeypatch.setattr(registry, "pointer", pointer)
+        monkeypatch.setattr(promotion, "pointer", pointer)
         read = pointer(root)
         for name in "bc":
             publish(root, tmp_path, name)
         assert [removal.folder.name for removal in pruning.prune(root, 1)] == ["1"]
         return read
 
-    monkeypatch.setattr(registry, "pointer", held_up)
+    monkeypatch.setattr(promotion, "pointer", held_up)
     assert registry.champion(root).version == 3
 
 
@@ -425,22 +450,13 @@ for name in sys.argv[2:]:
     model.table = tf.Variable(tf.fill([1000, 100], float(name)))
     tf.saved_model.save(model, f"{sys.argv[1]}/exports/{name}", signatures=model.serve)
 """
-LOADER = """
-import json, sys
-from pathlib import Path
+LOAD = """
 import tensorflow as tf
-root = Path(sys.argv[1])
-print("reading", flush=True)
-seen = []
-while not (root / "stop").exists():
-    champion = json.loads((root / "models/champion.json").read_text())
+def read(champion):
     serve = tf.saved_model.load(root / champion["path"]).signatures["serving_default"]
     (table,) = serve().values()
     assert table.shape == [1000, 100]
     assert (table.numpy() == float(champion["model_id"].removeprefix("id-"))).all()
-    seen.append(champion["version"])
-assert seen == sorted(seen), seen
-print(len(seen), len(set(seen)))
 """
 
 
@@ -450,23 +466,13 @@ def test_tensorflow_in_a_loop_always_loads_a_whole_model(tmp_path):
     done = helpers.run_python("-c", SAVE, tmp_path, 1, 2, 3)
     assert done.returncode == 0, done.stderr
     publish(root, tmp_path, "1")
-    reader = subprocess.Popen(
-        [sys.executable, "-c", LOADER, root],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert reader.stdout.readline() == "reading\n"
+
+    def change():
         for number in range(20):
             publish(root, tmp_path, str(2 + number % 2))
             registry.rollback(root, 1)
-        (root / "stop").touch()
-        out, error = reader.communicate(timeout=120)
-    finally:
-        reader.kill()
-    assert reader.returncode == 0, error
-    loads, seen = map(int, out.split())
+
+    loads, seen = read_while(change, root, LOAD)
     assert loads >= seen > 2
 
 

@@ -5,43 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from sample_report import MODEL, manifest
 
 from pipeline import dataset, metrics, report
-from pipeline.dataset import Manifest, Split
-from pipeline.records import image_ids
 
-MODEL = {"model_id": "0123456789abcdef", "weights_sha256": "f" * 64, "preset": "core", "seed": 22}
-CURVES = [
-    {"epoch": e, "loss": 1 / e, "accuracy": 1 - 0.1 / e, "val_loss": 1.1 / e, "val_accuracy": 0.9}
-    for e in (1, 2, 3)
-]
 CONFUSION = [[8, 1, 1], [2, 6, 2], [0, 0, 5]]
-HOSTILE = (
-    "<script>alert(1)</script>",
-    '" id="x" onload="alert(1)',
-    "</svg></style><img src=https://example.invalid/x>",
-    "]]>--> {{ 7 * 7 }}",
-    "$x^2$",
-    "\udc80\x01漢",
-)
-
-
-def manifest(names=("a", "b", "c"), title="three kinds of things"):
-    split = Split(num_examples=2 * len(names), label_counts=(2,) * len(names), shards=())
-    return Manifest(
-        format_version=1,
-        dataset_id="d" * 32,
-        source={"kind": "idx", "title": title},
-        split_by="positional",
-        num_classes=len(names),
-        class_names=tuple(names),
-        image_shape=(28, 28, 1),
-        splits={"train": split, "validation": split, "test": split},
-        quarantined={"count": 0, "by_reason": {}},
-        dropped=0,
-        flagged={},
-        duplicates=dict.fromkeys(dataset.DUPLICATES, 0),
-    )
 
 
 def counts(confusion):
@@ -61,15 +29,6 @@ def other(counts, model=MODEL, **fields):
     paired[:, 0] = counts.confusion.diagonal()
     paired[:, 3] = counts.support - paired[:, 0]
     return report.Compared(model=model, counts=counts, paired=paired, **fields)
-
-
-def scored(num_classes, rows=60):
-    """Counts of random answers, with images."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 100, (rows, 784), dtype=np.uint8)
-    probabilities = rng.dirichlet(np.ones(num_classes), rows).astype(np.float32)
-    labels = rng.integers(0, num_classes, rows)
-    return metrics.count(labels, probabilities, image_ids(pixels), pixels)
 
 
 # The numbers
@@ -224,12 +183,12 @@ def test_data_lineage_and_drift():
         "split_by": "positional",
         "quarantined": {"count": 0, "by_reason": {}},
         "dropped": 0,
-        "duplicates": dict.fromkeys(dataset.DUPLICATES, 0),
+        "duplicates": dict.fromkeys(dataset.DUPLICATES, 0) | {"images": 3, "copies": 4},
         "trained_on": "e" * 32,
         "preset": "core",
         "seed": 22,
-        "config": None,
-        "versions": None,
+        "config": {"batch_size": 128, "optimizer": "adam"},
+        "versions": {"python": "3.11"},
         "weights_sha256": "f" * 64,
     }
 

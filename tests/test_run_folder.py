@@ -5,9 +5,11 @@ from pathlib import Path
 import helpers
 import pytest
 
+from pipeline import storage
 from pipeline.command import InputError
 from pipeline.gcs import GcsPath
-from trainer import run_folder
+from trainer import run_folder, same_run
+from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import PRESETS
 
 CORE = dataclasses.replace(PRESETS["core"], schedule="constant")
@@ -26,8 +28,40 @@ def places(folder):
     return run_folder.places(folder, {}, {})
 
 
-def begun(folder, **changed):
+class Nothing:
+    """What is trained, where nothing is."""
+
+    def values(self):
+        return []
+
+
+def config_of(folder, **changed):
     (folder / "config.json").write_text(json.dumps(content(**changed)))
+
+
+def checkpoint_of(folder, **changed):
+    of_run = Checkpoints(folder / "checkpoints", Nothing(), run=content(**changed), seconds=0)
+    of_run.save(Progress(), 10)
+
+
+def model_of(folder, **changed):
+    (folder / "export").mkdir()
+    whole = content(**changed)
+    own = {name: whole.pop(name) for name in ("dataset_id", "devices")}
+    (folder / "export" / "model.json").write_text(json.dumps(own | {"config": whole}))
+
+
+# What tells of a run that was begun, and the folder that it is in.
+BEGUN = {
+    "run": (config_of, "."),
+    "checkpoints": (checkpoint_of, "checkpoints"),
+    "model": (model_of, "export"),
+}
+
+
+def begun(folder, what="run", **changed):
+    folder.mkdir(exist_ok=True)
+    BEGUN[what][0](folder, **changed)
     return places(folder)
 
 
@@ -128,6 +162,31 @@ def test_where_nothing_can_be_written_is_told(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("run", "checkpoints", "apart"),
+    [
+        ("run", "run/checkpoints", False),
+        ("run", "run/a/b", False),
+        ("run", "run", False),
+        ("run", "linked/checkpoints", False),
+        ("run", "run2", True),
+        ("run/a", "run", True),
+        ("gs://bucket/run", "gs://bucket/run/checkpoints", False),
+        ("gs://bucket/run", "gs://bucket/run2", True),
+        ("gs://bucket", "gs://bucket/c", False),
+        ("gs://bucket/run", "run", True),
+        ("run", "gs://bucket/run", True),
+    ],
+)
+def test_checkpoints_apart_from_the_run_have_a_lock_of_their_own(
+    tmp_path, monkeypatch, run, checkpoints, apart
+):
+    monkeypatch.chdir(tmp_path)
+    Path("linked").symlink_to("run")
+    found = run_folder.places(storage.place(run), {"checkpoint_dir": checkpoints}, {})
+    assert run_folder.locked(found) == ([found.checkpoints] if apart else []) + [found.run]
+
+
 # Which run it is
 
 
@@ -154,18 +213,20 @@ OTHER = [
 ]
 
 
+@pytest.mark.parametrize("what", BEGUN)
 @pytest.mark.parametrize("changed", SAME)
-def test_the_same_run_is_taken_on(tmp_path, changed):
-    run_folder.check_same_run(begun(tmp_path), content(**changed))
+def test_the_same_run_is_taken_on(tmp_path, what, changed):
+    run_folder.check_same_run(begun(tmp_path, what), content(**changed))
 
 
+@pytest.mark.parametrize("what", BEGUN)
 @pytest.mark.parametrize("changed", REPRODUCIBLE)
-def test_with_reproducible_the_replicas_may_change(tmp_path, changed):
+def test_with_reproducible_the_replicas_may_change(tmp_path, what, changed):
     run_folder.check_same_run(
-        begun(tmp_path, reproducible=True), content(reproducible=True, **changed)
+        begun(tmp_path / "a", what, reproducible=True), content(reproducible=True, **changed)
     )
-    with pytest.raises(InputError, match=r"holds a run with devices|holds a run with replicas"):
-        run_folder.check_same_run(begun(tmp_path), content(**changed))
+    with pytest.raises(InputError, match=r"holds a run with devices \['GPU:0'\], not"):
+        run_folder.check_same_run(begun(tmp_path / "b", what), content(**changed))
 
 
 def test_but_not_the_kind_of_device(tmp_path):
@@ -174,10 +235,22 @@ def test_but_not_the_kind_of_device(tmp_path):
         run_folder.check_same_run(begun(tmp_path, reproducible=True), asked)
 
 
+@pytest.mark.parametrize("what", BEGUN)
 @pytest.mark.parametrize(("changed", "message"), OTHER)
-def test_another_run_is_refused_by_its_difference(tmp_path, changed, message):
-    with pytest.raises(InputError, match=f"holds a run with {message}; expected a new folder"):
-        run_folder.check_same_run(begun(tmp_path), content(**changed))
+def test_another_run_is_refused_by_its_difference(tmp_path, what, changed, message):
+    found, folder = begun(tmp_path, what), tmp_path / BEGUN[what][1]
+    whole = f"^{folder}: holds a run with {message}; expected a new folder, or the flags it was"
+    with pytest.raises(InputError, match=whole):
+        run_folder.check_same_run(found, content(**changed))
+
+
+@pytest.mark.parametrize("what", BEGUN)
+@pytest.mark.parametrize(
+    ("began", "expected"), [("stream", "stream"), ("resident", "resident"), ("auto", None)]
+)
+def test_how_a_run_began_to_read_is_told_by_any_of_its_folders(tmp_path, what, began, expected):
+    assert run_folder.earlier_input(places(tmp_path)) is None
+    assert run_folder.earlier_input(begun(tmp_path, what, input=began)) == expected
 
 
 @pytest.mark.parametrize(
@@ -187,35 +260,33 @@ def test_another_run_is_refused_by_its_difference(tmp_path, changed, message):
 def test_more_epochs_are_another_run_where_something_ends_with_them(schedule, calm_epochs, allowed):
     settings = {"schedule": schedule, "calm_epochs": calm_epochs, "shift": 2.0}
     before, asked = content(**settings), content(**settings, epochs=20)
-    assert run_folder.difference(before, asked) == (None if allowed else "epochs")
-    assert (run_folder.identity(before) == run_folder.identity(asked)) == bool(allowed)
+    assert same_run.difference(before, asked) == (None if allowed else "epochs")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"epochs": "x"}'])
 def test_what_is_no_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"not the config of a run|holds a run with"):
+    with pytest.raises(InputError, match=r"not as this version of the program|holds a run with"):
         run_folder.check_same_run(places(tmp_path), content())
 
 
-def test_a_run_is_named_by_what_decides_its_weights():
-    name = run_folder.identity(content())
-    assert len(name) == 32
-    for changed in SAME + REPRODUCIBLE:
-        assert run_folder.identity(content(**changed)) == name
-    for changed, _ in OTHER:
-        if not {"epochs", "devices", "replicas", "input"} & set(changed):
-            assert run_folder.identity(content(**changed)) != name
+def test_nothing_tells_of_a_run_that_was_not_begun(tmp_path):
+    for folder in ("none", "file/run"):
+        (tmp_path / "file").write_text("x")
+        assert list(run_folder.begun(places(tmp_path / folder))) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": 7}', "{}"])
+def test_a_description_of_a_model_that_is_none_is_refused(tmp_path, text):
+    found = begun(tmp_path, "model")
+    path = found.model / "model.json"
+    path.write_text(text)
+    for check in (run_folder.check_same_run, run_folder.is_finished):
+        with pytest.raises(InputError, match=f"^{path}: not as this version of the program writes"):
+            check(found, content())
 
 
 # Whether it is done
-
-
-def exported(folder, **changed):
-    (folder / "export").mkdir()
-    model = {"run": run_folder.identity(content(**changed)), "config": content(**changed)}
-    (folder / "export" / "model.json").write_text(json.dumps(model))
-    return places(folder)
 
 
 def test_a_run_is_finished_when_its_model_is_there(tmp_path):
@@ -223,18 +294,15 @@ def test_a_run_is_finished_when_its_model_is_there(tmp_path):
     (tmp_path / "export").mkdir()
     assert not run_folder.is_finished(places(tmp_path), content())
     (tmp_path / "export").rmdir()
-    found = exported(tmp_path)
+    found = begun(tmp_path, "model")
     assert run_folder.is_finished(found, content())
     assert run_folder.is_finished(found, content(replicas=None, devices=None, input="auto"))
     assert not run_folder.is_finished(found, content(epochs=11))
 
 
 def test_the_place_of_the_model_must_be_free_or_ours(tmp_path):
-    found = exported(tmp_path, seed=23)
-    with pytest.raises(InputError, match=r"export: holds the model of another run"):
-        run_folder.is_finished(found, content())
-    (found.model / "model.json").write_text("{")
-    with pytest.raises(InputError, match="holds the model of another run"):
+    found = begun(tmp_path, "model", input="stream")
+    with pytest.raises(InputError, match=r"export: holds a run with input stream, not resident"):
         run_folder.is_finished(found, content())
     (found.model / "model.json").unlink()
     (found.model / "mine.txt").write_text("mine")

@@ -383,6 +383,60 @@ def test_a_missing_or_cut_file_is_told_before_any_device_is_used(
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
+# Folders apart from the run folder
+
+
+@pytest.fixture(scope="module")
+def apart(small_dataset, tmp_path_factory):
+    """Flags that name folders apart from a run folder, which such a run has filled. Read only."""
+    folder = tmp_path_factory.mktemp("apart")
+    given = {f"{name}_dir": folder / name / "a" / "b" for name in ("model", "checkpoint")}
+    given |= {"tensorboard_dir": folder / "t" / "a" / "b", "epochs": 1}
+    done = train(small_dataset, folder / "run" / "a" / "b", **given)
+    assert done.returncode == 0, done.stderr
+    return given
+
+
+def test_folders_are_made_with_those_that_they_are_in(apart):
+    assert list((apart["checkpoint_dir"]).glob("*.ckpt")) == [
+        apart["checkpoint_dir"] / "step-00000063.ckpt"
+    ]
+    assert (apart["model_dir"] / "model.json").is_file()
+    (events,) = apart["tensorboard_dir"].iterdir()
+    assert events.name.startswith("events.out.tfevents.")
+
+
+@pytest.mark.parametrize("kept", ["checkpoint_dir", "model_dir"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input": "stream"}, "input resident, not stream"),
+        ({"seed": 23}, "seed 22, not 23"),
+        ({"replicas": 1}, "replicas 2, not 1"),
+    ],
+)
+def test_what_another_run_left_there_is_refused_and_nothing_is_written(
+    apart, small_dataset, tmp_path, kept, changed, message
+):
+    before = helpers.tree(apart[kept])
+    arguments = flags(small_dataset, tmp_path / "run", **{kept: apart[kept], "epochs": 1} | changed)
+    done = helpers.run_python("-c", WITHOUT_TENSORFLOW, *arguments, env=ENVIRONMENT)
+    assert_one_line(done, 2, f"{apart[kept]}: holds a run with {message}; expected a new folder")
+    assert helpers.tree(apart[kept]) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_this_machine_decides_is_compared_before_anything_is_written(
+    apart, small_dataset, tmp_path
+):
+    changed = {"checkpoint_dir": apart["checkpoint_dir"], "epochs": 1}
+    arguments = flags(small_dataset, tmp_path / "run", **changed)
+    arguments.remove("--replicas=2")
+    done = helpers.run_cli("trainer.task", *arguments, env=ENVIRONMENT)
+    assert_one_line(done, 2, f"{apart['checkpoint_dir']}: holds a run with devices ['CPU:0', 'C")
+    assert not (tmp_path / "run").exists()
+
+
 def without_examples(small_dataset, folder, split):
     """A copy of a dataset, whole but for one split that has no records."""
     dataset = shutil.copytree(small_dataset, folder)

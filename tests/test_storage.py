@@ -9,7 +9,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from pipeline import storage
+from pipeline import locks, storage
 from pipeline.command import InputError, LockedError
 
 
@@ -299,13 +299,13 @@ def test_lock_is_held_by_a_child_until_it_is_killed(tmp_path):
 
 
 def test_lock_of_a_folder_that_was_removed_as_it_was_taken(tmp_path, monkeypatch):
-    flock = storage.fcntl.flock
+    flock = locks.fcntl.flock
 
     def late(descriptor, operation):
         (tmp_path / ".lock").unlink()
         flock(descriptor, operation)
 
-    monkeypatch.setattr(storage.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     with pytest.raises(LockedError), storage.locked(tmp_path):
         pytest.fail("entered")
 

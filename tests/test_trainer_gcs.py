@@ -10,20 +10,13 @@ import helpers
 import kept_bucket
 import memory_bucket
 import pytest
+import signalled_trainer
 import test_gcs
+from signalled_trainer import CALLS, NEVER, arguments
 
 from pipeline import storage
 from pipeline.gcs import GcsPath
 
-FLAGS = (
-    "--hidden_units=16,12",
-    "--batch_size=20",
-    "--epochs=3",
-    "--steps_per_call=10",
-    "--reproducible",
-    "--checkpoint_seconds=0",
-)
-CALLS = 3  # of an epoch of 25 steps
 DATASET, RUN, CHECKPOINTS = "gs://digits/data", "gs://digits/runs/r", "gs://digits/ckpt"
 # The command where a client of Cloud Storage, and Beam, cannot be loaded.
 LOCAL = """
@@ -31,41 +24,6 @@ import sys
 for name in ("google.cloud.storage", "google.auth", "apache_beam"):
     sys.modules[name] = None
 from trainer import task
-task.main()
-"""
-# The command, which sends itself a signal in a call of the compiled steps, once a checkpoint has
-# been uploaded.
-SIGNALLED = """
-import os, signal, sys, time
-sys.path.insert(0, "tests")
-folder, call, number = sys.argv[1:4]
-del sys.argv[1:4]
-if folder:
-    import kept_bucket
-    kept_bucket.use(folder)
-from pipeline import gcs, leases
-from trainer import stop
-stop.GRACE_WITH_OTHERS_SECONDS = 1000.0
-leases.HEARTBEAT_SECONDS, leases.LAPSE_SECONDS = 0.5, float(os.environ.get("LAPSE", 60))
-from trainer import task, trained
-make, calls = trained.make_train_steps, 0
-
-def make_signalled(*args, **options):
-    train = make(*args, **options)
-
-    def signalled(*values):
-        global calls
-        calls += 1
-        if calls == int(call):
-            while not any(gcs.parse(os.environ["CHECKPOINTS"]).glob("*.ckpt")):
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.Signals[number])
-            time.sleep(0.5)
-        return train(*values)
-
-    return signalled
-
-trained.make_train_steps = make_signalled
 task.main()
 """
 WITHOUT_TENSORFLOW = """
@@ -77,19 +35,14 @@ kept_bucket.use(sys.argv.pop(1))
 from trainer import task
 task.main()
 """
-NEVER = 1000
 RUNS = ("first", "second")
 
 
-def arguments(dataset, run_dir):
-    return (f"--dataset_dir={dataset}", f"--run_dir={run_dir}", *FLAGS)
-
-
-def run(program, *given, temporary, **environ):
-    """Runs a program with a folder for temporary files of its own; (exit code, what it said)."""
+def run(*given, temporary, **environ):
+    """Runs Python with a folder for temporary files of its own; (exit code, what it said)."""
     temporary.mkdir(exist_ok=True)
     done = helpers.run_python(
-        *("-c", program, *given),
+        *given,
         env={"CUDA_VISIBLE_DEVICES": "-1", "TMPDIR": temporary} | environ,
         merged=True,
     )
@@ -128,7 +81,7 @@ def local(small_dataset, tmp_path_factory):
     """What a run in a local folder comes to, where no client of a bucket can be loaded."""
     folder = tmp_path_factory.mktemp("local")
     run_dir = folder / "run"
-    code, said = run(LOCAL, *arguments(small_dataset, run_dir), temporary=folder / "tmp")
+    code, said = run("-c", LOCAL, *arguments(small_dataset, run_dir), temporary=folder / "tmp")
     assert code == 0, said
     assert ours(folder / "tmp") == []
     return result(helpers.tree(run_dir))
@@ -160,8 +113,9 @@ def test_stopped_it_goes_on_and_ends_as_in_a_local_folder(local, small_dataset, 
 
     def train(call=NEVER):
         return run(
-            *(SIGNALLED, bucket, call, "SIGTERM", *arguments(DATASET, RUN)),
+            *(signalled_trainer.SCRIPT, call, "SIGTERM", *arguments(DATASET, RUN)),
             temporary=tmp_path / "tmp",
+            BUCKET=bucket,
             DIGITS_CACHE_DIR=cache,
             CHECKPOINTS=f"{RUN}/checkpoints",
         )
@@ -191,7 +145,8 @@ def test_stopped_it_goes_on_and_ends_as_in_a_local_folder(local, small_dataset, 
     assert helpers.tree(cache) == shards
     assert ours(tmp_path / "tmp") == []
 
-    again = run(WITHOUT_TENSORFLOW, bucket, *arguments(DATASET, RUN), temporary=tmp_path / "tmp")
+    program = ("-c", WITHOUT_TENSORFLOW, bucket)
+    again = run(*program, *arguments(DATASET, RUN), temporary=tmp_path / "tmp")
     assert again == (0, f"{RUN}: already trained and exported\n")
 
 
@@ -206,7 +161,7 @@ def test_killed_on_one_machine_it_goes_on_on_another(local, small_dataset, tmp_p
 
         def train(machine, call=NEVER, **environ):
             return run(
-                *(SIGNALLED, "", call, "SIGKILL", *arguments(DATASET, RUN)),
+                *(signalled_trainer.SCRIPT, call, "SIGKILL", *arguments(DATASET, RUN)),
                 f"--checkpoint_dir={CHECKPOINTS}",
                 temporary=tmp_path / machine,
                 CHECKPOINTS=CHECKPOINTS,
@@ -240,16 +195,11 @@ def test_two_workers_each_bring_down_what_they_go_on_from(local, small_dataset, 
                 both = [
                     pool.submit(
                         run,
-                        *(SIGNALLED, "", call if rank else NEVER, "SIGTERM"),
+                        *(signalled_trainer.SCRIPT, call if rank else NEVER, "SIGTERM"),
                         *arguments(DATASET, RUN),
                         temporary=tmp_path / f"{attempt}{rank}",
                         CHECKPOINTS=f"{RUN}/checkpoints",
-                        TF_CONFIG=json.dumps(
-                            {
-                                "cluster": {"worker": addresses},
-                                "task": {"type": "worker", "index": rank},
-                            }
-                        ),
+                        **signalled_trainer.cluster(addresses, rank),
                     )
                     for rank in range(2)
                 ]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +15,9 @@ import helpers
 import pytest
 
 from pipeline import vertex_checks, vertex_follow, vertex_job, vertex_options
-from pipeline.command import UNREACHABLE, InputError
-from pipeline.vertex_client import JobError, RefusedError, Service
+from pipeline.command import UNREACHABLE, InputError, UnreachableError
+from pipeline.services import RefusedError
+from pipeline.vertex_client import JobError, Service
 from pipeline.vertex_job import Task
 from pipeline.vertex_options import VertexConfig
 
@@ -55,10 +55,10 @@ def config_of(service, **values):
     )
 
 
-def finish(service, stop=None, *, task=TASK, **values):
+def finish(service, *, task=TASK, **values):
     """What the stage does once its flags are checked, in this process."""
     config = config_of(service, **values)
-    return vertex_follow.Training(Service(config), config, task, stop or threading.Event()).finish()
+    return vertex_follow.Training(Service(config), config, task).finish()
 
 
 def flags(service, *more):
@@ -391,7 +391,8 @@ def test_a_service_that_goes_silent_for_good_is_given_up_and_the_job_goes_on(ser
         ending = pool.submit(finish, service, patience_seconds=0.5)
         wait_until(lambda: "get" in service.heard, "a question")
         service.is_silent = True
-        with pytest.raises(JobError, match=r"no answer from Vertex AI for 0\.5 seconds") as caught:
+        said = r"no answer from Vertex AI for 0\.5 seconds"
+        with pytest.raises(UnreachableError, match=said) as caught:
             ending.result(60)
     assert caught.value.exit_code == UNREACHABLE
     assert service.job.state == "RUNNING"
@@ -402,8 +403,8 @@ def test_a_service_that_is_not_there_is_given_up():
     config = VertexConfig(
         **PLACE, endpoint=f"http://127.0.0.1:{port}", poll_seconds=0.05, patience_seconds=0.2
     )
-    with pytest.raises(JobError, match=r"no answer .* \(ConnectionError\)"):
-        vertex_follow.Training(Service(config), config, TASK, threading.Event()).finish()
+    with pytest.raises(UnreachableError, match=r"no answer .* \(ConnectionError\)"):
+        vertex_follow.Training(Service(config), config, TASK).finish()
 
 
 def test_a_job_that_is_gone_is_told(service):
@@ -434,14 +435,16 @@ def test_the_jobs_of_other_runs_and_ended_ones_are_left_alone(service):
 
 def test_a_stop_while_the_job_waits_for_machines(service):
     service.may_start.clear()
-    stop = threading.Event()
-    with ThreadPoolExecutor() as pool:
-        ending = pool.submit(finish, service, stop)
-        wait_until(lambda: "get" in service.heard, "a question")
-        stop.set()
-        wait_until(lambda: "cancel" in service.heard, "a cancellation")
-        service.may_start.set()
-        assert ending.result(60) == 143
+    process = start_stage(service, *TRAINING)
+    wait_until(lambda: "get" in service.heard, "a question")
+    process.terminate()
+    wait_until(lambda: "cancel" in service.heard, "a cancellation")
+    service.may_start.set()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1].endswith(
+        "stopped: cancelled; the same command goes on from the last checkpoint"
+    )
     assert (service.job.state, service.job.starts) == ("CANCELLED", 0)
 
 

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import datetime
 import json
-import threading
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +22,12 @@ from pipeline import (
     vertex_job,
 )
 from pipeline import vertex_options as options
-from pipeline.command import InputError, LockedError
+from pipeline.command import InputError, LockedError, StoppedError, UnreachableError
 from pipeline.redaction import one_line
 from pipeline.rules import Rules
+from pipeline.services import NoAnswerError, QuotaError
 from pipeline.stages import Training
-from pipeline.vertex_client import Job, JobError, NoAnswerError, QuotaError
+from pipeline.vertex_client import Job, JobError
 from pipeline.vertex_job import Task
 from pipeline.vertex_options import VertexConfig
 
@@ -527,11 +529,11 @@ class Script:
         self.asked.append(f"cancel {name[-1]}")
 
 
-def finish(service, stop=None, **settings):
+def finish(service, **settings):
     config = VertexConfig(
         project="my-project", region="us-central1", image=IMAGE, poll_seconds=0.001, **settings
     )
-    return vertex_follow.Training(service, config, TASK, stop or threading.Event()).finish()
+    return vertex_follow.Training(service, config, TASK).finish()
 
 
 def test_it_is_followed_through_silences(caplog):
@@ -643,43 +645,77 @@ def test_a_service_that_stays_silent_is_given_up(silent):
     answers = {"unfinished": [[]], "create": [job(1, "PENDING")], "get": [job(1, "RUNNING")]}
     service = Script(**answers | {silent: [NoAnswerError("HTTP 502")]})
     said = r"no answer from Vertex AI for 0\.01 seconds \(HTTP 502\); a job that is at work goes on"
-    with pytest.raises(JobError, match=said) as caught:
+    with pytest.raises(UnreachableError, match=said) as caught:
         finish(service, patience_seconds=0.01)
     assert caught.value.exit_code == 69
 
 
-def test_a_stop_cancels_what_is_at_work():
-    stop = threading.Event()
+SIGNALS = [(signal.SIGTERM, StoppedError), (signal.SIGINT, KeyboardInterrupt)]
+CANCELLED = "cancelled; the same command goes on from the last checkpoint"
+
+
+def signalled(service, verb, number):
+    """Sends this process a signal in the middle of the first question of a kind."""
+    ask = getattr(service, verb)
+
+    def interrupted(*asked):
+        setattr(service, verb, ask)
+        os.kill(os.getpid(), number)
+        return ask(*asked)
+
+    setattr(service, verb, interrupted)
+
+
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
+def test_a_stop_cancels_what_is_at_work(number, kind):
     service = Script(
         unfinished=[[], [job(1, "RUNNING")]],
         create=[job(1, "PENDING")],
         get=[job(1, "CANCELLING"), job(1, "CANCELLED")],
     )
-    ask = service.create
-    service.create = lambda request: stop.set() or ask(request)
-    assert finish(service, stop) == 143
+    signalled(service, "get", number)
+    with pytest.raises(kind, match=CANCELLED):
+        finish(service)
     assert service.asked == ["unfinished", "create", "unfinished", "cancel 1", "get", "get"]
 
 
+def test_a_stop_waits_for_the_answer_to_a_request_for_a_job():
+    service = Script(  # whose list does not have the job yet
+        unfinished=[[]], create=[job(1, "PENDING")], get=[job(1, "CANCELLED")]
+    )
+    signalled(service, "create", signal.SIGTERM)
+    with pytest.raises(StoppedError, match=CANCELLED):
+        finish(service)
+    assert service.asked == ["unfinished", "create", "unfinished", "cancel 1", "get"]
+
+
 def test_a_stop_finds_the_job_whose_answer_was_lost():
-    stop = threading.Event()
     service = Script(
         unfinished=[[], [job(1, "PENDING"), job(2, "PENDING", attempt="1")]],
         create=[NoAnswerError("ConnectionError")],
         get=[job(1, "CANCELLED")],
     )
-    ask = service.create
-    service.create = lambda request: stop.set() or ask(request)
-    assert finish(service, stop) == 143
+    signalled(service, "create", signal.SIGTERM)
+    with pytest.raises(StoppedError, match=CANCELLED):
+        finish(service)
     assert service.asked == ["unfinished", "create", "unfinished", "cancel 1", "get"]
 
 
 def test_a_stop_before_anything_makes_nothing():
-    stop = threading.Event()
-    stop.set()
     service = Script(unfinished=[[]])
-    assert finish(service, stop) == 143
+    signalled(service, "unfinished", signal.SIGTERM)
+    with pytest.raises(StoppedError, match="no job was at work"):
+        finish(service)
     assert service.asked == ["unfinished"]
+
+
+def test_a_stop_to_a_service_that_has_gone_silent():
+    service = Script(
+        unfinished=[[], NoAnswerError("HTTP 503")], create=[job(1, "PENDING")], get=[job(1, "X")]
+    )
+    signalled(service, "get", signal.SIGTERM)
+    with pytest.raises(StoppedError, match="the job may not be cancelled: no answer from Vertex"):
+        finish(service, patience_seconds=0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,48 +11,15 @@ from pathlib import Path
 
 import helpers
 import pytest
+import signalled_trainer
+from signalled_trainer import CALLS
 
 from pipeline import storage
 from pipeline.command import FailedError, InputError, LockedError, UnreachableError
 from trainer.meeting import meet
 from trainer.workers import Cluster, Said, Workers, difference
 
-FLAGS = (
-    "--hidden_units=16,12",
-    "--batch_size=20",
-    "--epochs=3",
-    "--steps_per_call=10",
-    "--reproducible",
-    "--checkpoint_seconds=0",
-)
-CALLS = 3  # of an epoch of 25 steps
 DEADLINE = 300  # seconds; for what takes about twenty
-# Sends itself a signal within a call to the compiled steps, while nothing is unsaved, and keeps
-# Python's thread busy long enough for whatever would end the process at once.
-SIGNALLED = """
-import os, signal, sys, time
-from trainer import stop, task
-stop.GRACE_WITH_OTHERS_SECONDS = 1000.0
-call, number = int(sys.argv.pop(1)), signal.Signals[sys.argv.pop(1)]
-from trainer import trained
-make, calls = trained.make_train_steps, 0
-
-def make_signalled(*args, **options):
-    train = make(*args, **options)
-
-    def signalled(*values):
-        global calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), number)
-            time.sleep(1)
-        return train(*values)
-
-    return signalled
-
-trained.make_train_steps = make_signalled
-task.main()
-"""
 
 
 def local_addresses(count):
@@ -63,9 +30,8 @@ def begin(dataset, run_dir, index, addresses, *flags, program=("-m", "trainer.ta
     """Starts a worker, one process alone where there is one address: it, and where it speaks."""
     environ = os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
     if len(addresses) > 1:
-        task = {"type": "worker", "index": index}
-        environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-    own = [*FLAGS, f"--dataset_dir={dataset}", f"--run_dir={run_dir}", *flags]
+        environ |= signalled_trainer.cluster(addresses, index)
+    own = [*signalled_trainer.arguments(dataset, run_dir), *flags]
     log = Path(f"{run_dir}.{index}.log")
     with log.open("w") as said:
         command = [sys.executable, *program, *own]
@@ -87,7 +53,7 @@ def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
         for index, run_dir in enumerate(run_dirs):
             options = {}
             if signalled and signalled[0] == index:
-                options["program"] = ("-c", SIGNALLED, *map(str, signalled[1:]))
+                options["program"] = (signalled_trainer.SCRIPT, *map(str, signalled[1:]))
             begun.append(begin(dataset, run_dir, index, addresses, *flags[index], **options))
         codes = [process.wait(DEADLINE) for process, _ in begun]
     finally:

@@ -1,9 +1,10 @@
 """Exact resume: everything that decides the future of a run, saved and restored.
 
-A checkpoint is one file, ``step-00001260.ckpt``: eight bytes with the length of a JSON header,
-the header, the arrays as raw little-endian bytes, and the SHA-256 of all that. It is written
-beside its name, flushed to the disk and renamed, so that a kill leaves the old ones or the new
-one; the checksum is for disks and for what copies them.
+A checkpoint is one file, ``step-00001260.ckpt``: the length of a JSON header in eight bytes and
+its SHA-256, the header, the arrays as raw little-endian bytes, and the SHA-256 of all that. It is
+written beside its name, flushed to the disk and renamed, so that a kill leaves the old ones or the
+new one; the checksums are for disks and for what copies them, that of the header for whoever asks
+which run it is of without reading the rest.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import hashlib
 import json
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.command import InputError, UnreachableError, log
+from pipeline import reading, storage
+from pipeline.command import UnreachableError, log
+from pipeline.storage import Place, PlaceT
+from trainer import same_run
 
 KEEP = 2  # the newest, and the one before it in case the newest gets damaged
-LENGTH = struct.Struct("<Q")
+PREFIX = struct.Struct("<Q32s")
 PATTERN = "step-*.ckpt"
 
 
@@ -75,7 +78,8 @@ def write(file: IO[bytes], header: dict[str, Any], arrays: list[np.ndarray]) -> 
     arrays = [np.asarray(a, a.dtype.newbyteorder("<"), order="C") for a in arrays]
     text = json.dumps(header | {"arrays": [[a.dtype.str, list(a.shape)] for a in arrays]}).encode()
     digest = hashlib.sha256()
-    for part in (LENGTH.pack(len(text)), text, *(a.tobytes() for a in arrays)):
+    prefix = PREFIX.pack(len(text), hashlib.sha256(text).digest())
+    for part in (prefix, text, *(a.tobytes() for a in arrays)):
         digest.update(part)
         file.write(part)
     file.write(digest.digest())
@@ -86,15 +90,16 @@ def read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 
     Raises:
         DamagedError: the file is not whole.
+        ValueError, KeyError, TypeError: it is whole, but `write` did not write it.
         OSError: it cannot be read, which says nothing of what it holds.
     """
     data = path.read_bytes()
     content = memoryview(data)[:-32]
-    if len(data) < LENGTH.size + 32 or hashlib.sha256(content).digest() != data[-32:]:
+    if len(data) < PREFIX.size + 32 or hashlib.sha256(content).digest() != data[-32:]:
         raise DamagedError("its checksum is wrong")
-    (length,) = LENGTH.unpack_from(content)
-    at = LENGTH.size + length
-    header = json.loads(bytes(content[LENGTH.size : at]))
+    length, _ = PREFIX.unpack_from(content)
+    at = PREFIX.size + length
+    header = json.loads(bytes(content[PREFIX.size : at]))
     arrays = []
     for kind, shape in header.pop("arrays"):
         count = int(np.prod(shape, dtype=np.int64))
@@ -104,13 +109,36 @@ def read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     return header, arrays
 
 
+def newest(directory: PlaceT) -> tuple[PlaceT, Any] | None:
+    """The newest checkpoint of a folder that tells its run, and the content of that one's config.
+
+    Reads the header alone, however large the rest is; None where there is none to read.
+    """
+    for path in newest_first(directory):
+        try:
+            with reading.opened(path) as file:
+                length, digest = PREFIX.unpack(file.read(PREFIX.size))
+                text = file.read(length)
+            if hashlib.sha256(text).digest() == digest:
+                return path, json.loads(text).get("run")
+        except (OSError, struct.error, OverflowError):  # `Checkpoints.restore` tells of it
+            continue
+    return None
+
+
+def newest_first(directory: PlaceT) -> list[PlaceT]:
+    """The checkpoints of a folder; where a step has more digits, its name is longer."""
+    found = cast(Iterable[PlaceT], directory.glob(PATTERN))
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         directory: their folder.
         trained: what they hold besides a `Progress`.
-        run: names the run; see `run_folder.identity`.
+        run: the content of its ``config.json``; see `same_run`.
         seconds: how much work a kill may cost; see `due`.
         writes: False for a worker that is not the chief: it keeps step, but writes nothing.
         after: called when one was saved.
@@ -123,11 +151,11 @@ class Checkpoints:
         directory: Path,
         trained: Restorable,
         *,
-        run: str,
+        run: dict[str, Any],
         seconds: float,
         writes: bool = True,
         after: Callable[[], None] = lambda: None,
-        shown: storage.Place | None = None,
+        shown: Place | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
@@ -153,7 +181,7 @@ class Checkpoints:
             header = {"run": self._run, "progress": scalars}
             with storage.open_atomic(self._directory / f"step-{step:08d}.ckpt") as file:
                 write(file, header, [*progress.best_weights, *self._latest[1]])
-            for old in self._files()[KEEP:]:
+            for old in newest_first(self._directory)[KEEP:]:
                 old.unlink()
             self._after()
         self._saved_at = self._clock()
@@ -162,11 +190,11 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole, if any, and says where the run stands.
 
         Raises:
-            InputError: the folder holds checkpoints of another run.
+            InputError: the folder holds checkpoints of another run, or of another program.
             UnreachableError: a checkpoint cannot be read; it stays.
         """
         self._latest = Progress(), self._trained.values()
-        files = self._files()
+        files = newest_first(self._directory)
         for path in files:
             try:
                 self._latest = self._read(path)
@@ -199,24 +227,29 @@ class Checkpoints:
             found.update(value.tobytes())
         return found.hexdigest()[:32]
 
-    def _files(self) -> list[Path]:
-        """Newest first; the names are long enough to sort as text."""
-        return sorted(self._directory.glob(PATTERN), reverse=True)
-
     def _read(self, path: Path) -> tuple[Progress, list[np.ndarray]]:
+        shown = self._shown / path.name
         try:
             header, arrays = read(path)
+            run, scalars = header["run"], header["progress"]
         except FileNotFoundError:  # found damaged by the chief, which has removed it meanwhile
             raise DamagedError("it is gone") from None
         except OSError as error:
-            shown = self._shown / path.name
             raise UnreachableError(f"{shown}: cannot be read: {error.strerror}") from None
-        if header["run"] != self._run:
-            raise InputError(
-                f"{self._shown / path.name}: a checkpoint of another run; expected a folder of its"
-                " own"
-            )
-        best = len(arrays) - len(self._trained.values())
-        progress = Progress(**header["progress"], best_weights=tuple(arrays[:best]))
+        except (ValueError, KeyError, TypeError):
+            raise same_run.unknown(shown) from None
+        same_run.require_same(shown, run, self._run)
+        own = self._trained.values()
+        best, values = arrays[: -len(own)], arrays[-len(own) :]
+        if list(map(_kind, values)) != list(map(_kind, own)):
+            raise same_run.unknown(shown)
+        try:
+            progress = Progress(**scalars, best_weights=tuple(best))
+        except TypeError:
+            raise same_run.unknown(shown) from None
         progress.lines = tuple(progress.lines)  # JSON knows lists alone
-        return progress, arrays[best:]
+        return progress, values
+
+
+def _kind(array: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
+    return array.dtype, array.shape

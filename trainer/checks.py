@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,20 +13,31 @@ from trainer.config import PRESETS, VIRTUAL_SHARDS, TrainConfig, choices
 _AMPLITUDES = ("rotate", "scale", "shear", "shift", "elastic_alpha")
 _ELASTIC = ("elastic_alpha", "elastic_sigma")
 
+# Beyond these, memory or time for a single step, or for laying out the devices, runs out.
+_MOST = 1_000_000
+_MOST_WIDE = 65_536
+_MOST_REPLICAS = 1024
+
+# The least and the largest that float32 holds in full; compiled, what is smaller becomes 0.
+_LEAST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
 # Names, what is expected of their values, and whether one is so. NaN is never so.
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("batch_size", "epochs", "steps_per_call"), "at least 1", lambda x: x >= 1),
-    (("patience",), "at least 0", lambda x: x >= 0),
+    (("batch_size", "epochs", "steps_per_call"), f"1 to {_MOST}", lambda x: 1 <= x <= _MOST),
+    (("patience", "calm_epochs"), f"0 to {_MOST}", lambda x: 0 <= x <= _MOST),
     (("seed",), f"0 to {2**31 - 1}", lambda x: 0 <= x < 2**31),
     # Without an epsilon, a weight that never had a gradient would become 0 / 0.
-    (("learning_rate", "epsilon", "decay_epochs"), "a number above 0", lambda x: 0 < x < math.inf),
     (
-        ("dropout", "label_smoothing", "momentum", "rho", "ema_decay"),
-        "at least 0 and below 1",
-        lambda x: 0 <= x < 1,
+        ("learning_rate", "epsilon", "decay_epochs"),
+        f"a number above 0 that float32 holds, {_LEAST:.2g} to {_LARGEST:.2g}",
+        lambda x: _LEAST <= x <= _LARGEST,
     ),
-    # What becomes 1 in float32 would make the correction of adam's means 0 / 0.
-    (("beta_1", "beta_2"), "at least 0 and below 1 in float32", lambda x: 0 <= x < 1 - 2**-25),
+    # What becomes 1 in float32 would make 0 / 0 of the correction of adam's means, and of dropout.
+    (
+        ("dropout", "label_smoothing", "momentum", "rho", "ema_decay", "beta_1", "beta_2"),
+        "at least 0 and below 1 in float32",
+        lambda x: 0 <= x < 1 - 2**-25,
+    ),
     (("decay_factor",), "above 0 and at most 1", lambda x: 0 < x <= 1),
     # Within these, and elastic_alpha below, the sums of `trainer.deform` are exact.
     (("rotate",), "0 to 180", lambda x: 0 <= x <= 180),
@@ -36,9 +46,9 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("shift",), "0 to 28", lambda x: 0 <= x <= 28),
     (("elastic_sigma",), "0, or 1 to 28", lambda x: x == 0 or 1 <= x <= 28),
     (
-        ("weight_decay", "warmup_epochs", "clip_norm", "elastic_alpha", "calm_epochs"),
-        "a number of at least 0",
-        lambda x: 0 <= x < math.inf,
+        ("weight_decay", "warmup_epochs", "clip_norm", "elastic_alpha"),
+        f"0, or a number that float32 holds, {_LEAST:.2g} to {_LARGEST:.2g}",
+        lambda x: x == 0 or _LEAST <= x <= _LARGEST,
     ),
 )
 
@@ -125,14 +135,14 @@ def _check_values(config: TrainConfig) -> None:
         allowed = choices(field.name)
         if allowed and getattr(config, field.name) not in allowed:
             _refuse(config, field.name, f"expected {_either(allowed)}")
-    if not config.hidden_units or min(config.hidden_units) < 1:
-        _refuse(config, "hidden_units", "expected widths of at least 1")
+    if not config.hidden_units or not all(1 <= n <= _MOST_WIDE for n in config.hidden_units):
+        _refuse(config, "hidden_units", f"expected widths of 1 to {_MOST_WIDE}")
     for names, expected, is_so in _RANGES:
         for name in names:
             if not is_so(getattr(config, name)):
                 _refuse(config, name, f"expected {expected}")
-    if config.replicas is not None and config.replicas < 1:
-        _refuse(config, "replicas", "expected at least 1")
+    if config.replicas is not None and not 1 <= config.replicas <= _MOST_REPLICAS:
+        _refuse(config, "replicas", f"expected 1 to {_MOST_REPLICAS}")
 
 
 def _check_used(config: TrainConfig, given: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import tensorflow as tf
 
 from pipeline.command import InputError
 from pipeline.dataset import NUM_PIXELS, Manifest, Shard
-from pipeline.records import read_shard
+from pipeline.records import verify_shard
 
 PARSE_BATCH = 4096
 FEATURES = {
@@ -52,8 +53,9 @@ def verify(directory: Path, shards: Sequence[Shard]) -> None:
     Raises:
         InputError: the first that is missing or is not what the manifest says.
     """
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        list(pool.map(lambda shard: len(read_shard(directory, shard)), shards))
+    # Hashing releases the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda shard: verify_shard(directory, shard), shards))
 
 
 def load_split(directory: Path, manifest: Manifest, splits: str) -> Examples:

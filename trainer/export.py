@@ -81,6 +81,7 @@ def describe(
     manifest: Manifest,
     progress: Progress,
     *,
+    devices: list[str] | None = None,
     learned_from: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of ``model.json``.
@@ -90,10 +91,11 @@ def describe(
         config: how they were trained.
         manifest: of the dataset.
         progress: where training ended.
+        devices: on which.
         learned_from: what the model that it began from says under this name; see `warm_start`.
     """
     checksum = weights_sha256(weights)
-    content = run_folder.describe(config, manifest.dataset_id, devices=None)
+    content = run_folder.describe(config, manifest.dataset_id, devices)
     settings = {field.name: content[field.name] for field in dataclasses.fields(config)}
     own = {"dataset_id": manifest.dataset_id, "splits": config.train_on.split("+")}
     return {
@@ -106,7 +108,7 @@ def describe(
         "preset": config.preset,
         "seed": config.seed,
         "config": settings,
-        "run": run_folder.identity(content),
+        "devices": content["devices"],
         "epochs_trained": progress.epoch,
         "epoch_exported": progress.best_epoch or progress.epoch,
         "parameters": sum(weight.size for weight in weights),

@@ -76,7 +76,8 @@ def settle(
     """Fills in what this machine decides, and makes sure that the run can write.
 
     Raises:
-        InputError: it cannot, or the batch cannot be divided among so many replicas.
+        InputError: it cannot, or its folders hold another run, or the batch cannot be divided
+            among so many replicas.
     """
     if workers.is_chief:
         run_folder.require_writable(places)
@@ -85,10 +86,13 @@ def settle(
         config = dataclasses.replace(config, input=began or "auto")
     config = _resolve(config, strategy, manifest)
     devices = [device.split("device:")[-1] for device in strategy.extended.worker_devices]
+    content = run_folder.describe(config, manifest.dataset_id, devices)
+    if workers.is_chief:  # before the data is read and any folder is made
+        run_folder.check_same_run(places, content)
     return Job(
         config=config,
         manifest=manifest,
-        content=run_folder.describe(config, manifest.dataset_id, devices),
+        content=content,
         places=places,
         mirror=mirror,
         strategy=strategy,
@@ -104,7 +108,7 @@ def begin(job: Job, dataset_dir: Place, initial_weights: Place | None) -> Read |
 
     Raises:
         InputError: the data, the first weights or the run folder is not what it should be.
-        LockedError: another process trains in this folder.
+        LockedError: another process trains in these folders.
     """
     with job.workers.together():
         # Data is read before a run folder is made, so that a damaged set leaves nothing.
@@ -126,7 +130,7 @@ def begin(job: Job, dataset_dir: Place, initial_weights: Place | None) -> Read |
 
 
 def _enter(job: Job) -> None:
-    """Takes the lock of the run folder, and makes sure that it holds no other run."""
+    """Takes the locks, and makes sure again that nobody has begun another run meanwhile."""
     job.mirror.hold()
     run_folder.check_same_run(job.places, job.content)
 
@@ -136,6 +140,7 @@ def _is_done(job: Job) -> bool:
     run_folder.tidy(job.places)
     if run_folder.is_finished(job.places, job.content):
         return True
+    run_folder.make(job.mirror.here)
     storage.write_atomic(job.places.config, json.dumps(job.content, indent=2) + "\n")
     return False
 
@@ -163,9 +168,9 @@ def _resolve(
     """
     replicas = strategy.num_replicas_in_sync
     check_divides(config.batch_size, replicas, reproducible=config.reproducible)
-    own = len(strategy.extended.worker_devices)
+    devices = strategy.extended.worker_devices
     return dataclasses.replace(
-        config, replicas=replicas, input=resolve_input(config.input, manifest, own)
+        config, replicas=replicas, input=resolve_input(config.input, manifest, devices)
     )
 
 

@@ -3,7 +3,7 @@
 Synopsis::
 
     with Mirror(places) as mirror:
-        mirror.hold()           # locks the run folder: from here on, this process writes
+        mirror.hold()           # locks the run's folders: from here on, this process writes
         mirror.bring_down()     # what a run goes on from
         ...                     # trains in mirror.here; mirror.saved() after every checkpoint
         mirror.publish()        # the exported model, when everything else is there
@@ -28,6 +28,7 @@ from pipeline.command import FailedError, InputError, LockedError
 from pipeline.gcs import GcsPath
 from pipeline.leases import Lease
 from pipeline.storage import Place
+from trainer import run_folder
 from trainer.checkpoints import PATTERN
 from trainer.run_folder import METRICS_FILE, MODEL_FILE, Places
 from trainer.uploads import Background, Copies, Pair
@@ -53,7 +54,7 @@ class Mirror:
             tensorboard=self._local(places.tensorboard, "tensorboard"),
         )
         self._held = contextlib.ExitStack()
-        self._lease: Lease | None = None
+        self._leases: list[Lease] = []
         self._copies = Copies(self._check)
         self._uploads: Background | None = None
         self._ending = threading.Lock()
@@ -63,7 +64,7 @@ class Mirror:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        """Brings there what is left, and gives the lock back; raises as `saved`."""
+        """Brings there what is left, and gives the locks back; raises as `saved`."""
         with self._ending, contextlib.ExitStack() as ends:
             self._ended = True
             ends.callback(self._remove_scratch)
@@ -87,8 +88,8 @@ class Mirror:
             if self._uploads is not None:
                 self._uploads.ask()
                 done = self._uploads.wait(END_SECONDS)
-                if done and self._lease is not None:
-                    self._lease.end()
+                for lease in self._leases if done else ():
+                    lease.end()
         self._remove_scratch()
 
     def scratch(self) -> Path:
@@ -98,15 +99,16 @@ class Mirror:
         return self._scratch
 
     def hold(self) -> None:
-        """Locks the run folder, for this process to write.
+        """Locks the run's folders, for this process to write.
 
         Raises:
-            LockedError: another process holds it.
+            LockedError: another process holds one.
             InputError: the server refuses or does not answer.
         """
-        lock: Any = self._held.enter_context(storage.locked(self._places.run))
-        if isinstance(lock, Lease):
-            self._lease = lock
+        for folder in run_folder.locked(self._places):
+            lock: Any = self._held.enter_context(storage.locked(folder))
+            if isinstance(lock, Lease):
+                self._leases.append(lock)
         if self.here != self._places:
             self._uploads = Background(self._upload)
 
@@ -147,8 +149,8 @@ class Mirror:
         if isinstance(final, Path):
             return
         with _told():
-            if self._lease is not None:
-                self._lease.renew()
+            for lease in self._leases:
+                lease.renew()
             again = (final / MODEL_FILE).is_file()
             with storage.published_whole(final, replace=again, last=MODEL_FILE) as staging:
                 for path, target in _pairs(self.here.model, staging, "*"):
@@ -167,16 +169,16 @@ class Mirror:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _check(self) -> None:
-        """Makes sure that the lock is still ours: one not renewed in time may be, if nobody came.
+        """Makes sure that the locks are still ours: one not renewed in time may be, if nobody came.
 
         Raises:
-            LockedError: it is not.
+            LockedError: one is not.
         """
-        if self._lease is not None:
+        for lease in self._leases:
             try:
-                self._lease.check()
+                lease.check()
             except LockedError:
-                self._lease.renew()
+                lease.renew()
 
     def _settle(self) -> None:
         """Waits until everything there is to upload is there."""

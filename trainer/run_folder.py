@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from pipeline import storage
 from pipeline.command import InputError, LockedError
 from pipeline.storage import Place
+from trainer import same_run
 from trainer.config import TrainConfig
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.json"
 
-# These are known in full only once TensorFlow has seen the machine.
-RESOLVED_LATER = ("replicas", "devices", "input")
-UNRESOLVED = (None, "auto")
 # The folders that Vertex AI names in the environment of a custom job.
 VERTEX = {
     "model_dir": "AIP_MODEL_DIR",
@@ -125,78 +122,78 @@ def require_writable(places: Places) -> None:
         storage.require_writable(folder)
 
 
+def locked(places: Places) -> list[Place]:
+    """The folders whose locks a run holds: its own, and that of checkpoints kept elsewhere."""
+    own, apart = _full_name(places.run), _full_name(places.checkpoints)
+    return [places.run] if apart.startswith(own) else [places.checkpoints, places.run]
+
+
+def _full_name(folder: Place) -> str:
+    return f"{folder.resolve() if isinstance(folder, Path) else folder}/"
+
+
+def make(places: Places[Path]) -> None:
+    """Makes the folders that a run writes single files in, and those they are in."""
+    for folder in (places.checkpoints, places.tensorboard):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def describe(config: TrainConfig, dataset_id: str, devices: list[str] | None) -> dict[str, Any]:
     """The content of ``config.json``."""
     content = {**dataclasses.asdict(config), "dataset_id": dataset_id, "devices": devices}
     return json.loads(json.dumps(content))  # as it is read back: lists for tuples
 
 
-def identity(content: dict[str, Any]) -> str:
-    """Names a run by what decides its weights, the number of epochs aside: 32 hex digits.
+def begun(places: Places) -> Iterator[tuple[Place, Any]]:
+    """What tells of a run that was begun, if one was, with ``config.json`` as it has it.
 
-    Where something is counted from the last epoch, their number decides steps before it.
+    Yields:
+        A file, and that content; None where the file is not whole.
     """
-    left_out = set(RESOLVED_LATER) | (set() if _ends_with_epochs(content) else {"epochs"})
-    fixed = {name: value for name, value in content.items() if name not in left_out}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
+    from trainer import checkpoints
+
+    for path, content_of in (
+        (places.config, lambda found: found),
+        (places.model / MODEL_FILE, _content_of_model),
+    ):
+        if path.is_file():
+            yield path, content_of(_read(path))
+    if (found := checkpoints.newest(places.checkpoints)) is not None:
+        yield found
 
 
-def _ends_with_epochs(content: dict[str, Any]) -> bool:
-    return content["schedule"] == "cosine" or content["calm_epochs"] > 0
-
-
-def difference(earlier: dict[str, Any], asked: dict[str, Any]) -> str | None:
-    """The first setting that would make another run of one that was begun, or None.
-
-    A run may be given more epochs, and with ``reproducible`` another number of replicas on
-    devices of one kind. What is not resolved yet is not compared.
-    """
-    for name in sorted(earlier | asked):
-        before: Any = earlier.get(name)
-        now: Any = asked.get(name)
-        if before == now or (now in UNRESOLVED and name in RESOLVED_LATER):
-            continue
-        if name == "epochs" and now > before and not _ends_with_epochs(asked):
-            continue
-        if asked["reproducible"] and (
-            name == "replicas" or (name == "devices" and _kinds(before) == _kinds(now))
-        ):
-            continue
-        return name
+def _read(path: Place) -> Any:
+    """A JSON file; None where it is not one."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads(path.read_text())
     return None
 
 
-def _kinds(devices: list[str]) -> set[str]:
-    return {device.split(":")[0] for device in devices}
+def _content_of_model(description: Any) -> Any:
+    try:
+        own = {name: description.get(name) for name in ("dataset_id", "devices")}
+        return description["config"] | own
+    except (AttributeError, TypeError, KeyError):
+        return None
 
 
 def check_same_run(places: Places, asked: dict[str, Any]) -> None:
-    """Makes sure that a run folder holds no other run than the one asked for.
+    """Makes sure that none of a run's folders holds another run than the one asked for.
 
     Raises:
-        InputError: it does; the message names the first difference.
+        InputError: one does; the message names the first difference.
     """
-    if not places.config.exists():
-        return
-    try:
-        earlier = json.loads(places.config.read_text())
-        name = difference(earlier, asked)
-    except (ValueError, TypeError, AttributeError, IndexError):
-        raise InputError(f"{places.config}: not the config of a run") from None
-    if name is not None:
-        raise InputError(
-            f"{places.run}: holds a run with {name} {earlier.get(name)}, not {asked.get(name)};"
-            " expected a new folder, or the flags it was started with"
-        )
+    for path, content in begun(places):
+        same_run.require_same(path, content, asked)
 
 
 def earlier_input(places: Places) -> Literal["resident", "stream"] | None:
     """How a run that was begun reads its examples; None where none was, or it does not say."""
-    try:
-        found = json.loads(places.config.read_text())["input"]
-    except (OSError, ValueError, TypeError, KeyError):  # `check_same_run` tells of it
-        return None
-    return found if found in ("resident", "stream") else None
+    for _, content in begun(places):
+        found = content.get("input") if isinstance(content, dict) else None
+        if found in ("resident", "stream"):
+            return found
+    return None
 
 
 def is_finished(places: Places, asked: dict[str, Any]) -> bool:
@@ -210,14 +207,9 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
         if not storage.is_unsettled(places.model):
             storage.require_absent(places.model)
         return False
-    found: Any = None
-    with contextlib.suppress(ValueError, OSError):
-        found = json.loads(path.read_text())
-    if not isinstance(found, dict) or found.get("run") != identity(asked):
-        raise InputError(
-            f"{places.model}: holds the model of another run; expected a new or empty folder"
-        )
-    return found["config"]["epochs"] >= asked["epochs"]
+    found = _content_of_model(_read(path))
+    same_run.require_same(path, found, asked)
+    return found["epochs"] >= asked["epochs"]
 
 
 def tidy(places: Places) -> None:

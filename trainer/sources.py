@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,8 +15,10 @@ from pipeline.dataset import NUM_PIXELS, Manifest
 from trainer.data import Examples, epoch_order, load_split, shards_of
 from trainer.strategy import per_replica, shares
 
-# Examples are kept in memory when all copies of them fit in this part of the machine's.
+# Examples are kept in memory when all copies of them fit in this part of the machine's, and one
+# in this part of each GPU's.
 FRACTION = 1 / 8
+COPIES = 2  # of the machine's own: as read, and as a tensor to be given to the replicas
 BYTES_PER_EXAMPLE = 4 * NUM_PIXELS + 8  # float32 pixels, int64 label
 
 # (indices int32 [steps, batch], epoch) -> images, labels, rows of them, each per replica
@@ -76,20 +79,32 @@ def pad(rows: np.ndarray, steps: int) -> np.ndarray:
 
 
 def resolve_input(
-    wanted: Literal["auto", "resident", "stream"], manifest: Manifest, replicas: int
+    wanted: Literal["auto", "resident", "stream"], manifest: Manifest, devices: Sequence[str]
 ) -> Literal["resident", "stream"]:
     """Turns ``auto`` into what it means for a dataset on this machine: resident or stream.
 
     Args:
         wanted: as asked for.
         manifest: of the dataset.
-        replicas: of this process; each holds a copy of the examples, beside the one read.
+        devices: of the replicas of this process; each holds a copy of the examples.
     """
     if wanted != "auto":
         return wanted
     examples = sum(manifest.splits[name].num_examples for name in ("train", "validation"))
-    needed = examples * BYTES_PER_EXAMPLE * (replicas + 1)
-    return "resident" if needed <= memory() * FRACTION else "stream"
+    size = examples * BYTES_PER_EXAMPLE
+    fits = size * (COPIES + len(devices)) <= memory() * FRACTION
+    return "resident" if fits and size <= gpu_memory(devices) * FRACTION else "stream"
+
+
+def gpu_memory(devices: Sequence[str]) -> float:
+    """Bytes that TensorFlow may use of the smallest GPU among devices; infinite without any."""
+    names = {device.split("device:")[-1] for device in devices if "GPU:" in device}
+    if not names:
+        return math.inf
+    from tensorflow.python.client import device_lib  # no other says how much there is
+
+    found = device_lib.list_local_devices()
+    return min(device.memory_limit for device in found if device.name.split(":", 1)[-1] in names)
 
 
 def memory() -> int:

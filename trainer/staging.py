@@ -14,7 +14,7 @@ from pipeline import cache, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import Manifest, Shard
 from pipeline.gcs import GcsPath
-from pipeline.records import check_shard, read_shard
+from pipeline.records import check_shard, verify_shard
 from pipeline.storage import Place
 
 AT_ONCE = 4  # shards, each of which is held in memory until it is checked
@@ -48,7 +48,7 @@ def bring_dataset(
 def _bring(directory: GcsPath, shard: Shard, folder: Path) -> int:
     """Brings one shard, unless it is there and whole; says how many bytes that took."""
     try:
-        read_shard(folder, shard)
+        verify_shard(folder, shard)
         return 0
     except InputError:  # it is not there, or not all of it
         path = directory / shard.file

@@ -9,7 +9,6 @@ import tensorflow as tf
 from pipeline import command
 from pipeline.command import log
 from pipeline.storage import Place
-from trainer import run_folder
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import TrainConfig
 from trainer.data import first_images
@@ -113,7 +112,7 @@ def _make_run(
         checkpoints=Checkpoints(
             here.checkpoints,
             trained,
-            run=run_folder.identity(job.content),
+            run=job.content,
             seconds=checkpoint_seconds,
             writes=is_chief,
             after=job.mirror.saved,
@@ -157,7 +156,12 @@ def _export(job: Job, run: Run, trained: Trained, progress: Progress, read: Read
         log.info("%s", row)
     weights = list(progress.best_weights) or trained.evaluated()
     description = describe(
-        weights, run.config, job.manifest, progress, learned_from=read.learned_from
+        weights,
+        run.config,
+        job.manifest,
+        progress,
+        devices=job.content["devices"],
+        learned_from=read.learned_from,
     )
     images = first_images(read.directory, job.manifest, CHECKED_IMAGES)
     export(trained.model.apply, weights, description, job.mirror.here, images)

@@ -24,7 +24,7 @@ from trainer.gradients import Totals, make_gradients, totals
 from trainer.model import MLP
 from trainer.optimizers import Update, UpdateState
 from trainer.sources import Source, pad
-from trainer.strategy import shares
+from trainer.strategy import shares, shares_memory
 
 NOTHING = Totals(0.0, 0)
 
@@ -75,7 +75,10 @@ def make_train_steps(
     shards = _num_shards(strategy, config)
     own_shards = shards // strategy.num_replicas_in_sync
     of_shard = _make_of_shard(config, model, deform)
-    bring_together = gather_shards if config.reproducible else reduce_shards
+    if shares_memory(strategy):
+        bring_together = hand_over
+    else:
+        bring_together = gather_shards if config.reproducible else reduce_shards
 
     @tf.function(jit_compile=True, autograph=False)
     def updated(weights, parts, state):  # type: ignore[no-untyped-def]
@@ -165,6 +168,21 @@ def piece(values: tf.Tensor, j: int, count: int) -> tf.Tensor:
     """The j-th of `count` equal parts of the first dimension."""
     size = values.shape[0] // count
     return values[j * size : (j + 1) * size]
+
+
+def hand_over(parts: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    """Brings together what the shards of all replicas found, for `add_tree`; in replica context.
+
+    For replicas in one memory, where a replica's numbers can be read by the others as they lie:
+    nothing is copied, and the sums are left to each replica's own update.
+    """
+
+    def listed(strategy, parts):  # type: ignore[no-untyped-def]
+        columns = [[strategy.experimental_local_results(v) for v in part] for part in parts]
+        replicas = range(strategy.num_replicas_in_sync)
+        return [[values[i] for values in part] for i in replicas for part in columns]
+
+    return tf.distribute.get_replica_context().merge_call(listed, args=(parts,))
 
 
 def gather_shards(parts: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:

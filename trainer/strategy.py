@@ -170,6 +170,13 @@ def make_exchange(strategy: tf.distribute.Strategy) -> Callable[[str], list[str]
     return exchange
 
 
+def shares_memory(strategy: tf.distribute.Strategy) -> bool:
+    """Whether all replicas are CPUs of this process."""
+    devices = strategy.extended.worker_devices
+    alone = len(devices) == strategy.num_replicas_in_sync
+    return alone and all("CPU:" in device for device in devices)
+
+
 def own_replicas(strategy: tf.distribute.Strategy) -> range:
     """The numbers, among all replicas, of those of this process."""
     count = len(strategy.extended.worker_devices)

@@ -78,7 +78,7 @@ class Streamed:
     rows_per_call: int | None = ROWS_PER_CALL
 
     def __init__(self, directory: Path, shards: Sequence[Shard], seed: int | None) -> None:
-        """Checks the files, one after another.
+        """Checks the files, a block of each at a time.
 
         Raises:
             InputError: a file is missing or is not what the manifest says.

@@ -1,8 +1,9 @@
 """A local stand-in for the Dataflow service: its REST interface, jobs in memory, and a script.
 
 It takes a request only if the service's own message type has every field of it, and refuses a
-second active job of a name. What becomes of a job is for a test to say: the states that it goes
-through, what is said of it, when nothing answers, and what is run in its name.
+second active job of a name. A list tells of a job what the service's tells: no request. What
+becomes of a job is for a test to say: the states that it goes through, what is said of it, when
+nothing answers, and what is run in its name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from google.protobuf import json_format
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 JOBS = re.compile(r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/jobs")
 JOB = re.compile(JOBS.pattern + r"/(?P<id>[^/]+)")
 ENDED = ("DONE", "FAILED", "CANCELLED", "UPDATED", "DRAINED")
+PAGE = 2  # jobs on a page of a list: a client has to turn them
+TOKEN = "ya29.b2YtYS1kYXRhZmxvdy10aGF0LWlzLW5vbmU"
 START = datetime.datetime(2026, 11, 20, 3, 0, tzinfo=datetime.UTC)
 
 
@@ -83,6 +86,10 @@ class Service:
         script: of the next job.
         failing: HTTP codes that the next requests are answered with, first to last.
         refused: what the next submission is refused with: (HTTP code, text).
+        losing: whether the answers to submissions get lost, which are heard all the same.
+        forgets_requests: whether no answer tells which request a job was made for.
+        tokens: the credentials of every request; at `/token` it hands some out.
+        echoing: whether it refuses all requests, and repeats their credentials.
     """
 
     def __init__(self) -> None:
@@ -94,6 +101,10 @@ class Service:
         self.script = Script()
         self.failing: list[int] = []
         self.refused: tuple[int, str] | None = None
+        self.losing = False
+        self.forgets_requests = False
+        self.tokens: list[str | None] = []
+        self.echoing = False
         self._lock = threading.Lock()
         service = self
 
@@ -137,11 +148,20 @@ class Service:
         self._server.server_close()
 
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        path = urlsplit(handler.path).path
+        path, query = urlsplit(handler.path).path, urlsplit(handler.path).query
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         with self._lock:
             self.requests.append((handler.command, path))
-            code, content = self._handle(handler.command, path, body)
+            if path == "/token":
+                code, content = 200, {"access_token": TOKEN, "expires_in": 3600}
+            else:
+                self.tokens.append(handler.headers.get("Authorization"))
+                code, content = self._handle(handler.command, path, body, parse_qs(query))
+                if self.echoing:
+                    code, content = _error(403, f"not with Authorization: {self.tokens[-1]}")
+        if self.losing and handler.command == "POST":
+            handler.close_connection = True
+            return
         data = json.dumps(content).encode()
         handler.send_response(code)
         handler.send_header("Content-Type", "application/json")
@@ -149,11 +169,15 @@ class Service:
         handler.end_headers()
         handler.wfile.write(data)
 
-    def _handle(self, method: str, path: str, body: bytes) -> tuple[int, dict]:
+    def _handle(
+        self, method: str, path: str, body: bytes, query: dict[str, list[str]]
+    ) -> tuple[int, dict]:
         if self.failing:
             return _error(self.failing.pop(0), "made to fail")
         if method == "POST" and (found := JOBS.fullmatch(path)):
             return self._create(found["project"], found["region"], body)
+        if found := JOBS.fullmatch(path):
+            return self._list(found["project"], found["region"], query)
         found = re.fullmatch(JOB.pattern + r"(?P<of>/messages|/metrics)?", path)
         if not found or found["id"] not in self.jobs:
             return _error(404, f"no such job: {path}")
@@ -192,17 +216,29 @@ class Service:
         self.jobs[name] = running
         return 200, self._job(name)
 
+    def _list(self, project: str, region: str, query: dict[str, list[str]]) -> tuple[int, dict]:
+        summaries = [
+            {field: value for field, value in self._job(name).items() if field != "clientRequestId"}
+            for name, running in self.jobs.items()
+            if (running.project, running.region) == (project, region)
+            and running.job.name in query.get("name", [running.job.name])
+        ]
+        first = int(query.get("pageToken", ["0"])[0])
+        more = {"nextPageToken": str(first + PAGE)} if len(summaries) > first + PAGE else {}
+        return 200, {"jobs": summaries[first : first + PAGE]} | more
+
     def _parse(self, body: bytes) -> api.Job:
         message = self._api.Job.pb(self._api.Job())
         return self._api.Job.wrap(json_format.Parse(body, message))
 
     def _job(self, name: str) -> dict:
-        running = self.jobs[name]
+        running, number = self.jobs[name], list(self.jobs).index(name)
         since = START + datetime.timedelta(minutes=running.at)
         return {
             "id": name,
             "name": running.job.name,
-            "clientRequestId": running.job.client_request_id,
+            "clientRequestId": "" if self.forgets_requests else running.job.client_request_id,
+            "createTime": (START + datetime.timedelta(hours=number)).isoformat(),
             "currentState": f"JOB_STATE_{running.state}",
             "currentStateTime": since.isoformat().replace("+00:00", "Z"),
         }

@@ -6,9 +6,9 @@ A process of its own, because one process can make logical devices and a strateg
 
 CASES is JSON, ``{"case": {"name": value, ...}, ...}``: each is trained from the beginning, and
 answered by its name. The names are fields of `TrainConfig`; ``rows=N`` takes fewer of the examples
-below, ``dataset=DIR`` a dataset's train split instead, and ``window=N`` sets how many records
-of it are shuffled together. ``input=as streamed`` keeps them in memory, but takes them in the
-order of a stream. With TF_CONFIG set this is one worker of a cluster.
+below, ``calls_of=N`` so many steps in a call, ``dataset=DIR`` a dataset's train split instead, and
+``window=N`` sets how many records of it are shuffled together. ``input=as streamed`` keeps them in
+memory, but takes them in the order of a stream. With TF_CONFIG set this is one worker of a cluster.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from trainer.export import weights_sha256
 from trainer.model import MLP
 from trainer.optimizers import make_update
 from trainer.sources import Resident, open_source
-from trainer.step import make_evaluate, make_train_steps
+from trainer.step import NOTHING, make_evaluate, make_train_steps
 from trainer.strategy import join, make_strategy, per_replica
 
 INPUTS, HIDDEN, CLASSES = 6, (7, 5), 3
@@ -53,21 +53,30 @@ def batches(source):
     return [(e, *cut(source.order(e), BATCH_SIZE)) for e in range(EPOCHS)]
 
 
-def taken(train, steps, wanted):
+def in_calls(function, indices, mask, epoch, length):
+    """The sums over all steps, taken in calls of so many."""
+    sums = NOTHING
+    for at in range(0, len(indices), length):
+        part = slice(at, at + length)
+        sums = function(indices[part], mask[part], epoch, sums)
+    return sums
+
+
+def taken(train, steps, wanted, length):
     """Takes a stretch of all steps; calls end with their epoch."""
     sums, at = [0.0, 0], 0
     for epoch, indices, mask in steps:
         own = slice(max(wanted.start - at, 0), max(wanted.stop - at, 0))
         at += len(indices)
-        if len(indices[own]):
-            found = train(indices[own], mask[own], epoch)
-            sums = [sums[0] + found.loss, sums[1] + found.correct]
+        found = in_calls(train, indices[own], mask[own], epoch, length)
+        sums = [sums[0] + found.loss, sums[1] + found.correct]
     return sums
 
 
 def find(strategy, settings):
     """Trains, and returns what came of it."""
     dataset, rows = settings.pop("dataset", None), settings.pop("rows", ROWS)
+    length = settings.pop("calls_of", ROWS)
     stream.WINDOW = settings.pop("window", 8192)
     config = dataclasses.replace(CONFIG, **settings)
     if dataset:
@@ -103,7 +112,7 @@ def find(strategy, settings):
 
     initial = copies(model.weights)
     steps = batches(source)
-    calls = [taken(train, steps, wanted) for wanted in CALLS]
+    calls = [taken(train, steps, wanted, length) for wanted in CALLS]
     workers = join(strategy)
     agree, is_chief = workers.agree, workers.is_chief
     result = {
@@ -124,7 +133,9 @@ def find(strategy, settings):
             "weights": copies(model.weights),
             "slots": copies([slot for slots in update.slots for slot in slots]),
             "iterations": copies([update.iterations]),
-            "evaluation": list(evaluate(*cut(np.arange(rows), EVALUATION_BATCH), 0)),
+            "evaluation": list(
+                in_calls(evaluate, *cut(np.arange(rows), EVALUATION_BATCH), 0, length)
+            ),
         }
     return result
 

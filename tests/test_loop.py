@@ -10,11 +10,12 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
 from pipeline.command import InputError
-from trainer import data, loop, run_folder
+from trainer import data, loop, run_folder, stride
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.config import PRESETS
 from trainer.gradients import Totals
 from trainer.run import Run
+from trainer.step import NOTHING
 from trainer.workers import Workers
 
 EPOCHS, STEPS, ROWS, VALIDATION = 3, 5, 17, 7  # 5 steps: four of 4 rows and one of 1
@@ -82,22 +83,25 @@ class Process:
     def assign(self, values):
         self.state, self.step = map(int, values)
 
-    def train(self, indices, mask, epoch):
+    def train(self, indices, mask, epoch, so_far=NOTHING):
         self.moment()
         self.calls.append(len(indices))
-        loss = 0.0
+        loss = so_far.loss
         for row, used in zip(indices, mask, strict=True):
             rows = row[used == 1]
             self.rows.extend(rows)
             self.state = (self.state * 1_000_003 + int(rows.sum()) + 7 * int(epoch)) % 2**61
             self.step += 1
             loss += self.losses.get(self.step, float(rows.sum()))
-        return Totals(np.float64(loss), int(mask.sum()))
+        return Totals(np.float64(loss), so_far.correct + int(mask.sum()))
 
-    def evaluate(self, indices, mask, epoch):
+    def evaluate(self, indices, mask, epoch, so_far=NOTHING):
         self.moment()
         loss, correct = self.validation(int(epoch))
-        return Totals(loss * mask.sum(), correct if indices[0, 0] == 0 else 0)
+        total = so_far.loss
+        for used in mask:
+            total += loss * float(used.sum())
+        return Totals(total, so_far.correct + correct * (indices[0, 0] == 0))
 
     # What the run writes
 
@@ -146,8 +150,9 @@ class Stop:
 
 
 @pytest.fixture(autouse=True)
-def short_validation_calls(monkeypatch):
+def calls_that_no_clock_cuts(monkeypatch):
     monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 1)
+    monkeypatch.setattr(stride, "CALL_SECONDS", NEVER)
 
 
 def process(folder, **options):
@@ -181,7 +186,7 @@ def whole(tmp_path_factory):
 
 def test_every_row_of_every_epoch_is_seen_once_in_its_order(whole):
     found, folder = whole
-    assert found.calls == [2, 2, 1] * EPOCHS
+    assert found.calls == [1, 2, 2, *[2, 2, 1] * (EPOCHS - 1)]
     orders = [data.epoch_order(22, epoch, ROWS) for epoch in range(EPOCHS)]
     assert found.rows == np.concatenate(orders).tolist()
     assert lines(folder) == [
@@ -201,7 +206,8 @@ def test_every_row_of_every_epoch_is_seen_once_in_its_order(whole):
     assert [weights is not None for _, weights in found.events] == [False, True, False]
 
 
-MOMENTS = EPOCHS * (3 + 3 + 1) + 1  # calls, validation calls, lines; and one checkpoint
+# Calls, validation calls, lines; and the call that compiles validation, and one checkpoint.
+MOMENTS = EPOCHS * (3 + 3 + 1) + 2
 
 
 @pytest.mark.parametrize("seconds", [0, NEVER])
@@ -225,7 +231,6 @@ def test_disturbed_at_any_moment_it_ends_the_same(whole, tmp_path, how, seconds)
         assert lines(folder) == lines(whole[1])
         if how == "stopped_at":  # no step is taken twice
             assert first.rows + last.rows == whole[0].rows
-            assert first.calls + last.calls == whole[0].calls
     undisturbed = process(tmp_path, seconds=seconds)
     assert undisturbed.go()
     assert undisturbed.moments == moments  # none was left out
@@ -233,22 +238,52 @@ def test_disturbed_at_any_moment_it_ends_the_same(whole, tmp_path, how, seconds)
 
 def test_stopped_again_and_again_it_gets_to_the_end(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 100)
-    attempts, calls, state = 0, [], None
+    attempts, rows, state = 0, [], None
     while state is None:
-        now = process(tmp_path, stopped_at=0)
+        now = process(tmp_path, stopped_at=2)  # in the second call that it takes
         if now.go() is not None:
             state = now.state
-        calls += now.calls
+        rows += now.rows
         attempts += 1
         assert attempts < 100
-    assert (calls, state) == (whole[0].calls, whole[0].state)
+    assert (rows, state) == (whole[0].rows, whole[0].state)
     assert lines(tmp_path) == lines(whole[1])
+
+
+INEXACT = {step: 1 / step for step in range(1, EPOCHS * STEPS + 1)}  # losses
+
+
+@pytest.mark.parametrize("stopped_at", [None, 3, 9, 13])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, NEVER), (NEVER, 0)])
+def test_however_its_steps_are_cut_it_ends_the_same(
+    tmp_path, monkeypatch, before, after, stopped_at
+):
+    """The sums too, to the last bit: those of these losses depend on their order."""
+    monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 100)
+    options = {"losses": INEXACT, "validation": lambda epoch: (1 / 3, 3)}
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    for folder in folders:
+        folder.mkdir()
+    whole = process(folders[0], **options)
+    assert_at_the_end(whole.go(), folders[0])
+
+    monkeypatch.setattr(stride, "CALL_SECONDS", before)
+    first = process(folders[1], stopped_at=stopped_at, **options)
+    assert (first.go() is None) == (stopped_at is not None)
+    monkeypatch.setattr(stride, "CALL_SECONDS", after)
+    last = process(folders[1], **options)
+    assert_at_the_end(last.go(), folders[1])
+    for seconds, made in ((before, first), (after, last)):
+        assert seconds or set(made.calls) <= {1}
+    assert first.rows + last.rows == whole.rows
+    assert last.state == whole.state
+    assert lines(folders[1]) == lines(folders[0])
 
 
 @pytest.mark.parametrize("seconds", [0, NEVER])
 def test_a_torn_line_is_written_again(whole, tmp_path, seconds):
     with pytest.raises(KilledError):
-        process(tmp_path, killed_at=20, seconds=seconds).go()
+        process(tmp_path, killed_at=21, seconds=seconds).go()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-5])
     assert_at_the_end(process(tmp_path).go(), tmp_path)
@@ -273,7 +308,7 @@ def test_more_epochs_go_on_from_the_last(whole, tmp_path):
     assert process(tmp_path, epochs=1).go()
     again = process(tmp_path)
     assert again.go()
-    assert again.calls == [2, 2, 1] * 2
+    assert again.calls == [1, 2, 2, 2, 2, 1]
     assert again.state == whole[0].state
     assert lines(tmp_path) == lines(whole[1])
 
@@ -455,6 +490,13 @@ def test_workers_that_stand_at_different_steps_are_refused(whole, tmp_path):
     assert [one.calls for one in made] == [[], []]
 
 
+def test_workers_cut_alike_whatever_their_clocks_say(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(stride, "CALL_SECONDS", 0)
+    made, _ = Together().go(tmp_path, [{}, {}])
+    assert [each.calls for each in made] == [[2, 2, 1] * EPOCHS] * 2
+    assert lines(tmp_path) == lines(whole[1])
+
+
 def test_the_chief_alone_writes_and_all_save_together(whole, tmp_path):
     made, _ = Together().go(tmp_path, [{"seconds": NEVER}, {"seconds": 0}])
     assert made[0].saved == made[1].saved
@@ -485,7 +527,7 @@ def test_a_profile_traces_calls_after_the_first(tmp_path):
 
 
 def test_a_run_too_short_to_profile_says_so(tmp_path, caplog):
-    found = process(tmp_path, profile=tmp_path / "tensorboard", epochs=1, steps_per_call=5)
+    found = process(tmp_path, profile=tmp_path / "tensorboard", epochs=1, batch_size=ROWS)
     assert found.go()
     assert [m for m in caplog.messages if "too few calls" in m]
     assert not (tmp_path / "tensorboard").exists()

@@ -25,9 +25,12 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 CASES = {
     "plain": {},
     "again": {},
+    "cut": {"calls_of": 3},
+    "cut up": {"calls_of": 1},
     "reproducible": {"reproducible": True},
     "few": {"reproducible": True, "rows": 7},
 }
+ALONE = ("from memory", "cut stream")  # what one replica shows
 STREAMED = {"window": 64, "reproducible": True}
 
 
@@ -37,6 +40,7 @@ def cases(small_dataset):
     return CASES | {
         "from memory": streamed | {"input": "as streamed"},
         "stream": streamed | {"input": "stream"},
+        "cut stream": streamed | {"input": "stream", "calls_of": 3},
     }
 
 
@@ -46,7 +50,7 @@ def trained(cases):
 
     @functools.cache
     def of_replicas(replicas):
-        asked = {name: cases[name] for name in cases if replicas == 1 or name != "from memory"}
+        asked = {name: cases[name] for name in cases if replicas == 1 or name not in ALONE}
         done = helpers.run_python(SCRIPT, replicas, json.dumps(asked), env=NO_GPU)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -162,6 +166,13 @@ def test_a_number_of_replicas_repeats_bit_for_bit(trained, replicas):
     assert trained(replicas)["plain"] == trained(replicas)["again"]
 
 
+@pytest.mark.parametrize("replicas", NUMBERS)
+def test_steps_may_be_cut_into_calls_in_any_way(trained, replicas):
+    """The weights, and the sums of every call and validation, are equal bit for bit."""
+    for case in ("cut", "cut up"):
+        assert trained(replicas)[case] == trained(replicas)["plain"]
+
+
 # --reproducible, and streams
 
 
@@ -253,6 +264,7 @@ def test_a_stream_gives_the_same_bits_as_memory(trained):
     streamed, kept = trained(1)["stream"], trained(1)["from memory"]
     assert streamed["sha256"] == kept["sha256"]
     assert streamed["calls"] == kept["calls"]
+    assert trained(1)["cut stream"] == streamed
 
 
 def test_a_set_smaller_than_the_batch_counts_every_example_once(trained):

@@ -75,7 +75,7 @@ class TrainConfig:
         "auto",
     )
     tf32: bool = _about("let GPUs round factors of matrix products to 10 bits", False)
-    steps_per_call: int = _about("steps between looks at progress and signals", 100)
+    steps_per_call: int = _about("steps between looks at progress and signals, at most", 100)
 
     # In a config, the model's weights_sha256.
     initial_weights: str | None = _about("an exported model to take the first weights from", None)

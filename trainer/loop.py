@@ -18,6 +18,8 @@ from trainer.gradients import Totals
 from trainer.profiling import profiler
 from trainer.progress import Bar, describe_epoch
 from trainer.run import Run
+from trainer.step import NOTHING
+from trainer.stride import Stride
 
 VALIDATION_STEPS_PER_CALL = 100
 ADVICE = "a smaller --learning_rate may help"
@@ -31,8 +33,8 @@ def train(run: Run) -> Progress | None:
     """Trains from where the run stands to its end; None when stopped before.
 
     Every line, checkpoint and sum comes out the same however often the run was stopped or
-    killed in between: calls begin at multiples of ``steps_per_call`` whatever happened before,
-    so that numbers are added in the same order.
+    killed in between, and however its steps were cut into calls: a call adds step after step to
+    the sums of the one before, so that numbers are added in the same order.
     """
     with run.workers.together() as alike:
         progress = run.checkpoints.restore()
@@ -40,11 +42,17 @@ def train(run: Run) -> Progress | None:
     if run.workers.is_chief:
         run_folder.write_lines(run.metrics, progress.lines)
     bar = Bar(run.config.epochs, run.steps_per_epoch, shown=run.workers.is_chief)
+    training, validating = (
+        Stride(most, fixed=not run.workers.alone)
+        for most in (run.config.steps_per_call, VALIDATION_STEPS_PER_CALL)
+    )
     with contextlib.closing(bar), profiler(run.profile) as before_call:
         try:
+            if not is_over(run.config, progress):
+                _compile_validation(run, progress)
             while not is_over(run.config, progress):
-                _train_epoch(run, progress, bar, before_call)
-                validation = _validate(run, progress)
+                _train_epoch(run, progress, bar, before_call, training)
+                validation = _validate(run, progress, validating)
                 bar.close()
                 _finish_epoch(run, progress, validation)
         except _StopError:
@@ -72,34 +80,46 @@ def _pause(run: Run, progress: Progress) -> None:
         raise _StopError
 
 
-def _train_epoch(run: Run, progress: Progress, bar: Bar, before_call: Callable[[], None]) -> None:
+def _train_epoch(
+    run: Run, progress: Progress, bar: Bar, before_call: Callable[[], None], stride: Stride
+) -> None:
     """Takes the remaining steps of an epoch."""
     batches = data.cut(run.order(progress.epoch), run.config.batch_size)
     while progress.step_in_epoch < run.steps_per_epoch:
         first = progress.step_in_epoch
-        calls = slice(first, first + run.config.steps_per_call)
+        last = min(first + stride.steps, run.steps_per_epoch)
+        so_far = Totals(progress.loss_sum, progress.correct)
         before_call()
         started = time.monotonic()
-        sums = run.train(batches.indices[calls], batches.mask[calls], progress.epoch)
+        sums = run.train(
+            batches.indices[first:last], batches.mask[first:last], progress.epoch, so_far
+        )
         loss, correct = float(sums.loss), int(sums.correct)
+        seconds = time.monotonic() - started
         if not np.isfinite(loss):
-            _tell_bad_step(run, progress, loss)
-        progress.seconds += time.monotonic() - started
-        progress.loss_sum += loss
-        progress.correct += correct
-        progress.step_in_epoch = min(calls.stop, run.steps_per_epoch)
-        seen = int(batches.mask[: progress.step_in_epoch].sum())
-        bar.update(progress, seen, taken=progress.step_in_epoch - first)
+            _tell_bad_step(run, progress, loss, last - first)
+        stride.took(last - first, seconds)
+        progress.seconds += seconds
+        progress.loss_sum, progress.correct = loss, correct
+        progress.step_in_epoch = last
+        seen = int(batches.mask[:last].sum())
+        bar.update(progress, seen, taken=last - first)
         _pause(run, progress)
 
 
-def _tell_bad_step(run: Run, stands: Progress, loss: float) -> NoReturn:
+def _tell_bad_step(run: Run, stands: Progress, loss: float, taken: int) -> NoReturn:
     """Names the step whose loss is not finite, by taking again the steps since the last save.
+
+    Args:
+        run: what the loop works with.
+        stands: the progress before the call in which it came out.
+        loss: what came out.
+        taken: steps of that call.
 
     Raises:
         InputError: always.
     """
-    where = f"in the {run.config.steps_per_call} steps from step {run.step(stands) + 1}"
+    where = f"in the {taken} steps from step {run.step(stands) + 1}"
     progress = run.checkpoints.rewind()
     while progress.epoch <= stands.epoch:
         batches = data.cut(run.order(progress.epoch), run.config.batch_size)
@@ -120,22 +140,36 @@ def _refuse_loss(run: Run, loss: float, where: str) -> NoReturn:
     raise InputError(f"the loss is {loss} {where}; {ADVICE}")
 
 
-def _validate(run: Run, progress: Progress) -> Totals | None:
+def _validation_rows(run: Run) -> data.Batches:
+    return data.cut(np.arange(run.validation_size, dtype=np.int32), run.evaluation_batch)
+
+
+def _compile_validation(run: Run, progress: Progress) -> None:
+    """Validates on a single batch, while a stop would lose nothing: its first call compiles."""
+    if run.evaluate is not None:
+        rows = _validation_rows(run)
+        run.evaluate(rows.indices[:1], rows.mask[:1], progress.epoch)
+
+
+def _validate(run: Run, progress: Progress, stride: Stride) -> Totals | None:
     """Loss and right answers, as means over the validation split."""
     if run.evaluate is None:
         return None
-    rows = data.cut(np.arange(run.validation_size, dtype=np.int32), run.evaluation_batch)
-    loss, correct = 0.0, 0
-    for first in range(0, len(rows.indices), VALIDATION_STEPS_PER_CALL):
+    rows = _validation_rows(run)
+    sums, first = NOTHING, 0
+    while first < len(rows.indices):
         if first:
             _pause(run, progress)  # not after the last: what follows is quick, and worth saving
-        calls = slice(first, first + VALIDATION_STEPS_PER_CALL)
-        sums = run.evaluate(rows.indices[calls], rows.mask[calls], progress.epoch)
-        loss, correct = loss + float(sums.loss), correct + int(sums.correct)
+        last = min(first + stride.steps, len(rows.indices))
+        started = time.monotonic()
+        sums = run.evaluate(rows.indices[first:last], rows.mask[first:last], progress.epoch, sums)
+        loss = float(sums.loss)
         if not np.isfinite(loss):
             step, epoch = run.step(progress), progress.epoch + 1
             _refuse_loss(run, loss, f"on the validation split after step {step}, epoch {epoch}")
-    return Totals(loss / run.validation_size, correct / run.validation_size)
+        stride.took(last - first, time.monotonic() - started)
+        first = last
+    return Totals(*(float(each) / run.validation_size for each in sums))
 
 
 def _finish_epoch(run: Run, progress: Progress, validation: Totals | None) -> None:

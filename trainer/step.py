@@ -13,6 +13,7 @@ same numbers are added in the same order, and so the weights come out equal, bit
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +26,26 @@ from trainer.optimizers import Update, UpdateState
 from trainer.sources import Source, pad
 from trainer.strategy import shares, shares_memory
 
-# (indices int32 [steps, batch], mask float32 [steps, batch], epoch) -> sums over all of them
-StepsFunction = Callable[[np.ndarray, np.ndarray, int], Totals]
+NOTHING = Totals(0.0, 0)
+
+
+class StepsFunction(Protocol):
+    """Takes many steps."""
+
+    def __call__(
+        self, indices: np.ndarray, mask: np.ndarray, epoch: int, so_far: Totals = NOTHING
+    ) -> Totals:
+        """Takes steps over rows of indices, and adds to the sums of those before.
+
+        Step is added to step, so that the sums come out the same however steps are cut into
+        calls.
+
+        Args:
+            indices: int32 [steps, batch].
+            mask: float32 [steps, batch].
+            epoch: whose order the indices are a stretch of.
+            so_far: what the calls before gave.
+        """
 
 
 def make_train_steps(
@@ -229,8 +248,7 @@ def _make_run(
     step = tf.autograph.experimental.do_not_convert(step)
 
     @tf.function(jit_compile=whole)
-    def run(images, labels, rows, examples, mask, counts, epoch, steps):  # type: ignore[no-untyped-def]
-        loss, correct = tf.constant(0.0, tf.float64), tf.constant(0, tf.int64)
+    def run(images, labels, rows, examples, mask, counts, epoch, steps, loss, correct):  # type: ignore[no-untyped-def]
         for i in tf.range(steps):
             sums = strategy.run(step, (images, labels, rows, examples, mask, counts[i], epoch, i))
             # Summed over replicas already: every replica holds the same.
@@ -259,7 +277,7 @@ def _loop(
     length = call_length(source, batch_size, steps_per_call)
     feed = source.feed(strategy, batch_size, length)
 
-    def call(indices: np.ndarray, mask: np.ndarray, epoch: int) -> Totals:
+    def call(indices: np.ndarray, mask: np.ndarray, epoch: int, so_far: Totals) -> Totals:
         images, labels, rows = feed(indices, epoch)
         padded = pad(mask, length)
         sums = run(
@@ -271,14 +289,17 @@ def _loop(
             padded.sum(axis=1),
             tf.constant(epoch, tf.int32),
             tf.constant(len(indices), tf.int32),
+            tf.constant(so_far.loss, tf.float64),
+            tf.constant(so_far.correct, tf.int64),
         )
         return Totals(float(sums.loss), int(sums.correct))
 
-    def calls(indices: np.ndarray, mask: np.ndarray, epoch: int) -> Totals:
-        parts = [
-            call(indices[at : at + length], mask[at : at + length], epoch)
-            for at in range(0, len(indices), length)
-        ]
-        return Totals(sum(part.loss for part in parts), sum(part.correct for part in parts))
+    def calls(
+        indices: np.ndarray, mask: np.ndarray, epoch: int, so_far: Totals = NOTHING
+    ) -> Totals:
+        for at in range(0, len(indices), length):
+            part = slice(at, at + length)
+            so_far = call(indices[part], mask[part], epoch, so_far)
+        return so_far
 
     return calls

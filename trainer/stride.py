@@ -1,0 +1,33 @@
+"""How many steps are taken between two looks at what else there is, a stop above all."""
+
+from __future__ import annotations
+
+CALL_SECONDS = 1.0
+
+
+class Stride:
+    """How many steps the next call takes: so many as take `CALL_SECONDS`, or fewer.
+
+    The first takes one, as nobody knows yet how long that is. What comes out of a run does not
+    depend on it: see `loop.train`.
+
+    Args:
+        most: steps of a call.
+        fixed: whether each takes so many: several workers, of which each has its own clock, have
+            to take the same steps together.
+
+    Attributes:
+        steps: of the next call.
+    """
+
+    def __init__(self, most: int, *, fixed: bool) -> None:
+        self._most = most
+        self._fixed = fixed
+        self.steps = most if fixed else 1
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Learns how long so many steps took."""
+        if self._fixed:
+            return
+        in_time = steps * CALL_SECONDS / max(seconds, 1e-9)
+        self.steps = int(min(self._most, max(1, in_time)))

@@ -138,7 +138,8 @@ def test_killed_where_all_is_drawn_and_streamed_it_ends_the_same(small_dataset, 
     for checkpoint in (3, 9):  # in the first epoch, and in the second
         ended = run(small_dataset, cut, DRAWN, how="checkpoint", moment=checkpoint)
         assert ended.code == -signal.SIGKILL, ended.log
-    assert {int(path.stem[5:]) for path in (cut / "checkpoints").glob("step-*")} == {93, 103}
+    saved = [int(path.stem[5:]) for path in (cut / "checkpoints").glob("step-*")]
+    assert 63 < min(saved) < max(saved) < 126  # an epoch is 63 steps
     ended = run(small_dataset, cut, DRAWN)
     assert ended.code == 0, ended.log
     assert "epoch 1/4" not in ended.log

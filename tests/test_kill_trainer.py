@@ -135,7 +135,7 @@ def test_killed_where_all_is_drawn_and_streamed_it_ends_the_same(small_dataset, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended = run(small_dataset, whole, DRAWN)
     assert ended.code == 0, ended.log
-    for checkpoint in (3, 9):  # in the first epoch, and in the second
+    for checkpoint in (3, 12):  # in the first epoch, and in the second
         ended = run(small_dataset, cut, DRAWN, how="checkpoint", moment=checkpoint)
         assert ended.code == -signal.SIGKILL, ended.log
     saved = [int(path.stem[5:]) for path in (cut / "checkpoints").glob("step-*")]

@@ -378,3 +378,27 @@ def test_a_tf_config_that_describes_no_worker_is_refused_in_one_line(text):
     with pytest.raises(InputError, match=r"^TF_CONFIG .*: expected ") as error:
         read_cluster(text)
     assert "\n" not in str(error.value)
+
+
+def test_one_compilation_serves_every_number_of_steps():
+    import tensorflow as tf
+
+    from trainer import step
+
+    def add(images, labels, rows, examples, mask, count, epoch, i):
+        return step.Totals(tf.reduce_sum(images) * count, tf.cast(i, tf.float32))
+
+    run = step._make_run(tf.distribute.MirroredStrategy(["CPU:0"]), add, whole=True)
+    nothing = tf.zeros([5])
+    counts = tf.constant([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    def arguments(steps):
+        loss, correct = tf.constant(0.5, tf.float64), tf.constant(7, tf.int64)
+        given = (nothing + 1.0, *[nothing] * 4, counts, tf.constant(0), tf.constant(steps))
+        return *given, loss, correct
+
+    for steps, (loss, correct) in {1: (5.5, 7), 3: (30.5, 10), 5: (75.5, 17)}.items():
+        found = run(*arguments(steps))
+        assert (float(found.loss), int(found.correct)) == (loss, correct)
+    programs = {run.experimental_get_compiler_ir(*arguments(n))(stage="hlo") for n in (1, 3, 5)}
+    assert len(programs) == 1

@@ -243,18 +243,23 @@ def _make_run(
     """Makes the function that takes the first `steps` steps of a call on every replica.
 
     The loop stands outside `Strategy.run`: a sum over replicas cannot stand in a loop within. It
-    is the one thing here that AutoGraph has to rewrite, which takes long for all that is called.
+    is written out, as AutoGraph's own would be compiled anew for every number of steps.
     """
-    step = tf.autograph.experimental.do_not_convert(step)
 
-    @tf.function(jit_compile=whole)
+    @tf.function(jit_compile=whole, autograph=False)
     def run(images, labels, rows, examples, mask, counts, epoch, steps, loss, correct):  # type: ignore[no-untyped-def]
-        for i in tf.range(steps):
+        def take(i, loss, correct):  # type: ignore[no-untyped-def]
             sums = strategy.run(step, (images, labels, rows, examples, mask, counts[i], epoch, i))
             # Summed over replicas already: every replica holds the same.
             first = [strategy.experimental_local_results(value)[0] for value in sums]
-            loss += tf.cast(first[0], tf.float64)
-            correct += tf.cast(first[1], tf.int64)
+            return (
+                i + 1,
+                loss + tf.cast(first[0], tf.float64),
+                correct + tf.cast(first[1], tf.int64),
+            )
+
+        start = (tf.constant(0), loss, correct)
+        _, loss, correct = tf.while_loop(lambda i, *_: i < steps, take, start)
         return Totals(loss, correct)
 
     return run

@@ -140,7 +140,7 @@ def _damage(dataset_dir: Place) -> str | None:
         if isinstance(dataset_dir, Path):
             for split in manifest.splits.values():
                 for shard in split.shards:
-                    records.read_shard(dataset_dir, shard)
+                    records.verify_shard(dataset_dir, shard)
     except UnreachableError:  # which says nothing of the files
         raise
     except InputError as error:

@@ -4,7 +4,8 @@
 
 It keeps Python's thread busy then, long enough for whatever would end the process at once. Of the
 environment, BUCKET is a folder that stands for a bucket (see `kept_bucket`), CHECKPOINTS one
-in it where a checkpoint has to be before the signal is sent, and LAPSE the seconds of a lease.
+in it where a checkpoint of the second epoch has to be before the signal is sent, and LAPSE the
+seconds of a lease.
 """
 
 import itertools
@@ -24,7 +25,8 @@ FLAGS = (
     "--reproducible",
     "--checkpoint_seconds=0",
 )
-CALLS = 3  # of an epoch of 25 steps
+EPOCH = 25  # steps
+CALLS = 3  # of an epoch
 NEVER = 1000  # no such call
 
 
@@ -36,6 +38,11 @@ def cluster(addresses, index):
     """What the worker of this number has in its environment."""
     task = {"type": "worker", "index": index}
     return {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
+
+
+def newest(folder):
+    """The step of the newest checkpoint in a folder, 0 where there is none."""
+    return max((int(path.name[5:-5]) for path in folder.glob("step-*.ckpt")), default=0)
 
 
 def main():
@@ -59,7 +66,7 @@ def main():
 
         def signalled(*values):
             if next(calls) == call:
-                while awaited and not any(gcs.parse(awaited).glob("*.ckpt")):
+                while awaited and newest(gcs.parse(awaited)) <= EPOCH:
                     time.sleep(0.01)
                 os.kill(os.getpid(), number)
                 time.sleep(1)

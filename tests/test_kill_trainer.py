@@ -1,5 +1,6 @@
 """Killed at any moment, the same command ends in the weights of a run that nothing disturbed."""
 
+import functools
 import json
 import random
 import shutil
@@ -13,13 +14,17 @@ FLAGS = (
     "--hidden_units=16,12",
     "--batch_size=8",
     "--epochs=4",
-    "--replicas=1",
     "--steps_per_call=10",
     "--patience=9",  # so that there are best weights to keep
     "--ema_decay=0.9",
     "--checkpoint_seconds=0",  # as often as can be: a moment hits one more easily
 )
-MOMENTS = 30
+KINDS = {
+    "one replica": ("--replicas=1",),
+    "reproducible": ("--replicas=2", "--reproducible"),
+}
+DELIBERATE = [("checkpoint", 5), ("export", "saved_model.pb")]
+MOMENTS = 30  # in all
 # The command, that also ends itself in the middle of writing the nth checkpoint, or as the
 # exported model's files appear.
 COMMAND = """
@@ -62,6 +67,7 @@ DRAWN = (
     "--elastic_alpha=8",
     "--elastic_sigma=4",
     "--calm_epochs=2",
+    "--replicas=1",
 )
 
 
@@ -71,15 +77,15 @@ def run(dataset, run_dir, flags=(), **killed):
     return doomed.run(COMMAND, run_dir, *arguments, **killed)
 
 
-def kill(dataset, run_dir, how, moment):
+def kill(dataset, run_dir, flags, how, moment):
     """Runs the command until it is killed.
 
     One that ended before its time had come runs anew, to be killed in half that time.
     """
-    code, log, *_ = run(dataset, run_dir, how=how, moment=moment)
+    code, log, *_ = run(dataset, run_dir, flags, how=how, moment=moment)
     if how == "seconds" and code == 0:
         shutil.rmtree(run_dir)
-        kill(dataset, run_dir, how, moment / 2)
+        kill(dataset, run_dir, flags, how, moment / 2)
         return
     assert code == -signal.SIGKILL, log
 
@@ -97,37 +103,56 @@ def result(run_dir):
 
 @pytest.fixture(scope="session")
 def undisturbed(small_dataset, tmp_path_factory):
-    """What a run comes to, the things it does to files, and how long it takes for them."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = run(small_dataset, run_dir)
-    assert ended.code == 0, ended.log
-    assert ended.steps > 100
-    return result(run_dir), ended.steps, ended.seconds
+    """What a run of a kind comes to, what it does to files, and how long it takes for that."""
+
+    @functools.cache
+    def find(kind):
+        run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+        ended = run(small_dataset, run_dir, KINDS[kind])
+        assert ended.code == 0, ended.log
+        assert ended.steps > 100
+        return result(run_dir), ended.steps, ended.seconds
+
+    return find
 
 
-def moments():
-    """How to kill each run: first those that must be among them, then at random."""
-    found = [("checkpoint", 5), ("export", "saved_model.pb")]
+def chances():
+    """How to kill each of the other runs, at random: one kind and the other in turn."""
     chance = random.Random(30)
-    while len(found) < MOMENTS:
-        found.append((chance.choice(("step", "seconds")), round(chance.random(), 3)))
-    return found
+    kinds = list(KINDS)
+    return [
+        (kinds[i % len(kinds)], chance.choice(("step", "seconds")), round(chance.random(), 3))
+        for i in range(MOMENTS - len(DELIBERATE))
+    ]
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize(("how", "moment"), moments())
-def test_killed_at_a_moment_it_ends_the_same(how, moment, undisturbed, small_dataset, tmp_path):
-    expected, steps, seconds = undisturbed
-    if how in ("step", "seconds"):
-        moment = int(moment * steps) if how == "step" else moment * seconds
-    run_dir = tmp_path / "run"
-    kill(small_dataset, run_dir, how, moment)
-    ended = run(small_dataset, run_dir)
+def assert_killed_it_ends_the_same(dataset, run_dir, kind, how, moment, expected):
+    kill(dataset, run_dir, KINDS[kind], how, moment)
+    ended = run(dataset, run_dir, KINDS[kind])
     assert ended.code == 0, ended.log
     assert result(run_dir) == expected
     left = [name for name in helpers.tree(run_dir) if "incomplete" in name or "/." in name]
     assert left == []
     assert len(list((run_dir / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("how", "moment"), DELIBERATE)
+def test_killed_as_it_writes_it_ends_the_same(how, moment, undisturbed, small_dataset, tmp_path):
+    kind = "one replica"
+    expected, *_ = undisturbed(kind)
+    assert_killed_it_ends_the_same(small_dataset, tmp_path / "run", kind, how, moment, expected)
+
+
+# A function of its own, so that a share of each has random moments in it.
+@pytest.mark.campaign
+@pytest.mark.parametrize(("kind", "how", "part"), chances())
+def test_killed_at_any_moment_it_ends_the_same(
+    kind, how, part, undisturbed, small_dataset, tmp_path
+):
+    expected, steps, seconds = undisturbed(kind)
+    moment = int(part * steps) if how == "step" else part * seconds
+    assert_killed_it_ends_the_same(small_dataset, tmp_path / "run", kind, how, moment, expected)
 
 
 @pytest.mark.campaign

@@ -145,9 +145,6 @@ class Stop:
     def received(self):
         return self.process.received
 
-    def saved(self):
-        self.unsaved = False
-
 
 @pytest.fixture(autouse=True)
 def calls_that_no_clock_cuts(monkeypatch):
@@ -224,7 +221,7 @@ def test_disturbed_at_any_moment_it_ends_the_same(whole, tmp_path, how, seconds)
         else:
             # What is asked for in the last save is for the export to see.
             assert (first.go() is None) == (moment < moments - 1)
-            assert first.run.stop.unsaved is False
+            assert first.run.stop.unsaved == (moment < moments - 1)  # time to return
         last = process(folder, seconds=seconds)
         assert_at_the_end(last.go(), folder)
         assert last.state == whole[0].state
@@ -428,9 +425,8 @@ class Together:
             return found
 
         return Workers(
-            alone=False,
             is_chief=index == 0,
-            agree=lambda mine: any(exchange(mine)),
+            total=lambda mine: [sum(each) for each in zip(*exchange(mine), strict=True)],
             exchange=exchange,
             part=self.barrier.wait,
         )
@@ -442,7 +438,7 @@ class Together:
         def work(i):
             results[i] = made[i].go()
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        threads = [threading.Thread(target=work, args=(i,), name=str(i)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -490,10 +486,31 @@ def test_workers_that_stand_at_different_steps_are_refused(whole, tmp_path):
     assert [one.calls for one in made] == [[], []]
 
 
-def test_workers_cut_alike_whatever_their_clocks_say(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(stride, "CALL_SECONDS", 0)
-    made, _ = Together().go(tmp_path, [{}, {}])
-    assert [each.calls for each in made] == [[2, 2, 1] * EPOCHS] * 2
+class Clocks:
+    """What the loop takes for `time`: by it, every call of a worker takes equally long."""
+
+    def __init__(self, seconds):
+        self.seconds, self.looks = seconds, [0, 0]
+
+    def monotonic(self):
+        worker = int(threading.current_thread().name)
+        self.looks[worker] += 1
+        return self.looks[worker] * self.seconds[worker]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"),
+    [
+        ((0.5, 60.0), [1, 2, 2, 4, 1, 2, 3]),
+        ((60.0, 0.5), [1] * EPOCHS * STEPS),
+    ],
+)
+def test_workers_cut_alike_by_the_clock_of_the_chief(whole, tmp_path, monkeypatch, seconds, calls):
+    monkeypatch.setattr(stride, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(loop, "time", Clocks(seconds))
+    made, _ = Together().go(tmp_path, [{"steps_per_call": 4}] * 2)
+    assert [each.calls for each in made] == [calls] * 2
+    assert made[0].state == made[1].state == whole[0].state
     assert lines(tmp_path) == lines(whole[1])
 
 

@@ -25,13 +25,14 @@ class Meeting:
     def __init__(self, addresses):
         self.addresses = addresses
         self.ends = {}
+        self.lines = {}
         self.threads = []
 
     def come(self, rank):
         def work():
             self.ends[rank] = None
             try:
-                meeting.meet(Cluster(self.addresses, rank))
+                self.lines[rank] = meeting.meet(Cluster(self.addresses, rank))
             except InputError as error:
                 self.ends[rank] = error
 
@@ -68,6 +69,49 @@ def test_all_go_on_once_the_last_has_come(addresses, order, caplog):
         f"worker 1: waiting for the other 2 of 3 workers: worker 0 ({addresses[0]}),"
         f" worker 2 ({addresses[2]})" in caplog.messages
     )
+
+
+def heard(line):
+    """Whether a stop is heard within a while."""
+    return any(line.heard() or threading.Event().wait(0.01) for _ in range(20))
+
+
+def test_what_one_of_all_is_told_the_first_hears_and_can_tell(addresses):
+    met = Meeting(addresses)
+    for rank in range(3):
+        met.come(rank)
+    met.result()
+    lines = met.lines
+    with socket.create_server(("", int(addresses[0].split(":")[1]))):  # as TensorFlow does next
+        lines[1].tell()
+        assert [heard(lines[rank]) for rank in range(3)] == [True, False, False]
+        lines[0].tell()
+        assert [heard(lines[rank]) for rank in range(3)] == [True, True, True]
+    lines[1].close()
+    lines[0].tell()  # though nobody is there
+    assert lines[0].heard()
+
+
+def test_an_end_is_no_stop(addresses):
+    met = Meeting(addresses)
+    for rank in range(3):
+        met.come(rank)
+    met.result()
+    met.lines[1].close()
+    assert [heard(met.lines[rank]) for rank in (0, 2)] == [False, False]
+    met.lines[2].tell()
+    assert heard(met.lines[0])
+
+
+def test_what_is_told_together_with_the_meeting_is_heard(addresses):
+    met = Meeting(addresses)
+    with socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1]))) as server:
+        met.come(1)
+        other, _ = server.accept()
+        with other:
+            other.sendall(meeting.ALL_HERE + meeting.STOP)
+            assert met.result() == {1: None}
+            assert met.lines[1].heard()
 
 
 def test_who_has_gone_again_is_waited_for(addresses):

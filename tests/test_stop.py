@@ -9,8 +9,9 @@ import pytest
 
 # One call of the C library, which Python cannot interrupt, as TensorFlow's compiler is one.
 BUSY = """
-import hashlib, os, signal, sys, time
+import hashlib, os, signal, socket, sys, time
 from trainer import stop
+from trainer.meeting import STOP, Line
 stop.GRACE_SECONDS = 0.5
 stop.SECOND_SIGNAL_SECONDS = 0.2
 
@@ -19,6 +20,10 @@ def busy():
 
 def tell():
     print("ready", flush=True)
+
+def connected():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return socket.create_connection(server.getsockname()), server.accept()[0]
 """
 CASES = {
     "nothing to save, where Python cannot look": (
@@ -35,7 +40,7 @@ CASES = {
         "with stop.StopSignal() as s:\n"
         "    s.unsaved = True; tell()\n"
         "    while not s.received: time.sleep(0.001)\n"
-        "    s.saved(); time.sleep(0.2)\n"
+        "    time.sleep(0.2)\n"
         "sys.exit(9)",
         1,
         9,
@@ -44,12 +49,21 @@ CASES = {
         "with stop.StopSignal() as s:\n"
         "    s.unsaved = True; tell()\n"
         "    while not s.received: time.sleep(0.001)\n"
-        "    s.saved(); time.sleep(100)",
+        "    time.sleep(100)",
         1,
         143,
     ),
     "saved before, and busy again": (
-        "with stop.StopSignal() as s:\n    s.unsaved = True; s.saved(); tell(); busy()",
+        "with stop.StopSignal() as s:\n    s.unsaved = True; s.unsaved = False; tell(); busy()",
+        1,
+        143,
+    ),
+    "saved as the stop came": (
+        "stop.GRACE_SECONDS = 1000\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; tell()\n"
+        "    while not s.received: time.sleep(0.001)\n"
+        "    s.unsaved = False; busy()",
         1,
         143,
     ),
@@ -89,11 +103,73 @@ CASES = {
         1,
         143,
     ),
-    "something else took the signal meanwhile": (
-        "with stop.StopSignal() as s:\n"
-        "    signal.signal(signal.SIGTERM, signal.SIG_IGN); s.listen(); tell(); busy()",
+    "something else takes the signal": (
+        "with stop.StopSignal() as s, s.held():\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN); tell(); busy()",
         1,
         143,
+    ),
+    "something else took the signal meanwhile": (
+        "with stop.StopSignal() as s:\n"
+        "    with s.held(): signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    tell(); busy()",
+        1,
+        143,
+    ),
+    "a signal that was held goes to nobody else": (
+        "stop.GRACE_SECONDS = 1000\n"
+        "came = []\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True\n"
+        "    with s.held():\n"
+        "        signal.signal(signal.SIGTERM, lambda *_: came.append(1)); tell()\n"
+        "        while not s.received: time.sleep(0.001)\n"
+        "    time.sleep(0.3)\n"
+        "sys.exit(8 if came else 9)",
+        1,
+        9,
+    ),
+    "another worker was told to stop": (
+        "here, there = connected()\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.line = Line([here]); tell(); there.send(STOP); busy()",
+        0,
+        143,
+    ),
+    "another worker has ended": (
+        "here, there = connected()\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.line = Line([here]); tell(); there.close()\n"
+        "    sys.exit(8 if s.wait(0.3) else 9)",
+        0,
+        9,
+    ),
+    "another worker was told to stop, and this one as well after a while": (
+        "here, there = connected()\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; s.line = Line([here]); tell(); there.send(STOP)\n"
+        "    if not s.wait(60): sys.exit(8)\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.3)\n"
+        "sys.exit(9)",
+        0,
+        9,
+    ),
+    "others are told": (
+        "here, there = connected()\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; s.line = Line([here]); tell()\n"
+        "    sys.exit(9 if there.recv(64) == STOP else 8)",
+        1,
+        9,
+    ),
+    "others are told of what another one told": (
+        "(first, its), (second, other) = connected(), connected()\n"
+        "with stop.StopSignal() as s:\n"
+        "    s.unsaved = True; s.line = Line([first, second]); tell(); its.send(STOP)\n"
+        "    sys.exit(9 if other.recv(64) == STOP else 8)",
+        0,
+        9,
     ),
     "no signal": ("with stop.StopSignal():\n    tell()\nsys.exit(9)", 0, 9),
     "afterwards it kills as ever": (

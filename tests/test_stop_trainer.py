@@ -1,4 +1,7 @@
-"""A whole trainer that gets SIGTERM at a known moment, saves, and goes on to the same end."""
+"""A whole trainer that gets SIGTERM at a known moment, saves, and goes on to the same end.
+
+Alone or as one of two workers: then it is the second that gets it, and both are busy.
+"""
 
 import json
 import os
@@ -7,12 +10,13 @@ import sys
 
 import helpers
 import pytest
+import signalled_trainer
 
 FLAGS = (
     "--hidden_units=16,12",
     "--batch_size=20",
     "--epochs=2",
-    "--replicas=1",
+    "--reproducible",  # two workers end as one process does
     "--steps_per_call=10",
     "--checkpoint_seconds=1000",  # a stop alone saves
 )
@@ -58,18 +62,49 @@ task.main()
 """
 
 
-def run(dataset, run_dir, name="nothing", number=0, seconds=0.0, how="hears"):
-    """Exit code, the calls that were made, and what it said."""
+def begin(dataset, run_dir, name="nothing", number=0, seconds=0.0, how="hears", **environ):
+    """Starts the command, to be stopped in the nth call of a name."""
     folders = (f"--dataset_dir={dataset}", f"--run_dir={run_dir}")
-    done = subprocess.run(
+    quiet = {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
+    return subprocess.Popen(
         [sys.executable, "-c", STOPPED, name, str(number), str(seconds), how, *folders, *FLAGS],
-        env=os.environ | {"PYTHONPATH": str(helpers.ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
+        env=os.environ | quiet | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
-    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def end(*begun):
+    """Of each process: exit code, the calls that were made, and what it said."""
+    try:
+        said = [process.communicate(timeout=300) for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    return [
+        (process.returncode, out.splitlines(), err)
+        for process, (out, err) in zip(begun, said, strict=True)
+    ]
+
+
+def run(dataset, run_dir, *how):
+    (ended,) = end(begin(dataset, run_dir, *how))
+    return ended
+
+
+def run_two(dataset, run_dir, name="nothing", number=0, *how):
+    """Two workers, of which the second is stopped."""
+    addresses = [f"127.0.0.1:{port}" for port in helpers.free_ports(2)]
+    return end(
+        *(
+            begin(
+                *(dataset, run_dir, name, number if rank else 0, *how),
+                **signalled_trainer.cluster(addresses, rank),
+            )
+            for rank in range(2)
+        )
+    )
 
 
 def lines(run_dir):
@@ -122,6 +157,44 @@ def test_stopped_it_saves_and_the_same_command_ends_the_same(
     assert sum(taken) == 2 * STEPS - steps
     assert lines(run_dir) == lines(undisturbed)
     assert model(run_dir) == model(undisturbed)
+
+
+def test_both_workers_save_in_time_and_the_same_command_ends_the_same(
+    undisturbed, small_dataset, tmp_path
+):
+    run_dir = tmp_path / "run"
+    for code, calls, said in run_two(small_dataset, run_dir, "train", 3, 0.7):
+        assert code == 143, said
+        assert [call for call in calls if call.startswith("train")] == ["train 1"] * 3
+        assert (
+            said.splitlines().count(
+                "stopped by SIGTERM after saving; the same command goes on from here"
+            )
+            == 1
+        ), said
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000003.ckpt"]
+
+    for code, calls, said in run_two(small_dataset, run_dir):
+        assert code == 0, said
+        taken = [int(call.split()[1]) for call in calls if call.startswith("train")]
+        assert sum(taken) == 2 * STEPS - 3
+    assert lines(run_dir) == lines(undisturbed)
+    assert model(run_dir)["weights_sha256"] == model(undisturbed)["weights_sha256"]
+
+
+def test_stopped_as_training_compiles_both_workers_end(small_dataset, tmp_path):
+    """The first waits for the second, which nobody could hear."""
+    run_dir = tmp_path / "run"
+    for code, calls, said in run_two(small_dataset, run_dir, "train", 1, 0.0, "deaf"):
+        assert (code, calls) == (143, ["evaluate 1", "train 1"]), said
+        assert (
+            said.splitlines().count(
+                "stopped by SIGTERM; the same command goes on from the last checkpoint"
+            )
+            == 1
+        ), said
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert lines(run_dir) == []
 
 
 def test_stopped_as_validation_compiles_nothing_is_lost(small_dataset, tmp_path):

@@ -10,7 +10,7 @@ def a_second(monkeypatch):
 
 
 def test_calls_take_a_second_at_most():
-    found = Stride(100, fixed=False)
+    found = Stride(100)
     assert found.steps == 1  # nobody knows yet
     for steps, seconds, following in (
         (1, 2.5, 1),  # it compiled
@@ -26,10 +26,3 @@ def test_calls_take_a_second_at_most():
     ):
         found.took(steps, seconds)
         assert found.steps == following
-
-
-def test_a_fixed_one_stays():
-    found = Stride(100, fixed=True)
-    assert found.steps == 100
-    found.took(100, 1000.0)
-    assert found.steps == 100

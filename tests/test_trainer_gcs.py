@@ -12,7 +12,7 @@ import memory_bucket
 import pytest
 import signalled_trainer
 import test_gcs
-from signalled_trainer import CALLS, NEVER, arguments
+from signalled_trainer import CALLS, NEVER, STANDS, arguments
 
 from pipeline import storage
 from pipeline.gcs import GcsPath
@@ -128,7 +128,7 @@ def test_stopped_it_goes_on_and_ends_as_in_a_local_folder(local, small_dataset, 
     assert sorted(name.split("/")[0] for name in stopped) == [
         *("checkpoints", "checkpoints", "config.json", "metrics.jsonl", "tensorboard")
     ]
-    assert steps(stopped)[-1] in (35, 45)  # before the call, or after it
+    assert steps(stopped)[-1] in STANDS[CALLS : CALLS + 2]  # before the call, or after it
     assert stopped["metrics.jsonl"].count(b"\n") == 1
     shards = helpers.tree(cache)
     assert len(shards) == 6
@@ -208,7 +208,8 @@ def test_two_workers_each_bring_down_what_they_go_on_from(local, small_dataset, 
         codes, said = train(RUNS[0], CALLS + 2)
         assert codes == (143, 143), said
         stopped = GcsPath("digits", "runs/r").walk()
-        assert {"config.json", "checkpoints/step-00000045.ckpt"} < stopped.keys()
+        assert "config.json" in stopped
+        assert steps(stopped)[-1] in STANDS[CALLS:]  # the call itself is not waited for
         assert not {".lock", "export/model.json"} & stopped.keys()
         codes, said = train(RUNS[1])
         assert codes == (0, 0), said

@@ -12,7 +12,7 @@ from pathlib import Path
 import helpers
 import pytest
 import signalled_trainer
-from signalled_trainer import CALLS
+from signalled_trainer import CALLS, STANDS
 
 from pipeline import storage
 from pipeline.command import FailedError, InputError, LockedError, UnreachableError
@@ -52,8 +52,9 @@ def run(dataset, run_dirs, *, signalled=None, flags=((), ())):
     try:
         for index, run_dir in enumerate(run_dirs):
             options = {}
-            if signalled and signalled[0] == index:
-                options["program"] = (signalled_trainer.SCRIPT, *map(str, signalled[1:]))
+            if signalled:  # the chief says for all how many steps a call takes
+                call = signalled[1] if signalled[0] == index else signalled_trainer.NEVER
+                options["program"] = (signalled_trainer.SCRIPT, str(call), signalled[2])
             begun.append(begin(dataset, run_dir, index, addresses, *flags[index], **options))
         codes = [process.wait(DEADLINE) for process, _ in begun]
     finally:
@@ -168,17 +169,64 @@ def test_a_worker_whose_other_ends_as_they_are_connected_does_not_wait_for_ever(
     assert not (tmp_path / "run").exists()
 
 
+# Sends itself SIGTERM before TensorFlow connects the workers, or after: it takes the signal for
+# itself meanwhile.
+CONNECTING = """
+import os, signal, sys
+from trainer import meeting, task
+moment, meet = sys.argv.pop(1), meeting.meet
+
+def met(cluster):
+    import tensorflow as tf
+    connect = tf.distribute.MultiWorkerMirroredStrategy
+
+    def signalled():
+        if moment == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        made = connect()
+        if moment == "after":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    tf.distribute.MultiWorkerMirroredStrategy = signalled
+    return meet(cluster)
+
+meeting.meet = met
+task.main()
+"""
+
+
+@pytest.mark.parametrize(("index", "moment"), [(1, "before"), (0, "after")])
+def test_a_stop_as_workers_connect_stops_both(index, moment, small_dataset, tmp_path):
+    addresses, run_dir = local_addresses(2), tmp_path / "run"
+    begun = []
+    try:
+        for each in range(2):
+            program = ("-c", CONNECTING, moment if each == index else "never")
+            begun.append(begin(small_dataset, run_dir, each, addresses, program=program))
+        codes = [process.wait(DEADLINE) for process, _ in begun]
+    finally:
+        for process, _ in begun:
+            process.kill()
+            process.wait()
+    said = [log.read_text() for _, log in begun]
+    assert codes == [143, 143], said
+    stopped = "stopped by SIGTERM; the same command goes on from the last checkpoint"
+    assert [text.splitlines().count(stopped) for text in said] == [1, 1], said
+    assert not (run_dir / "checkpoints").is_dir() or checkpoints(run_dir) == []
+
+
 @pytest.mark.campaign
-@pytest.mark.parametrize(("asked", "call"), [(1, CALLS + 1), (0, 2), (1, 1)])
+@pytest.mark.parametrize(("asked", "call"), [(1, CALLS + 1), (0, 2)])
 def test_a_stop_of_one_worker_stops_both_and_they_end_as_one_would(
     asked, call, alone, small_dataset, tmp_path
 ):
     run_dir = tmp_path / "run"
-    codes, said = run(small_dataset, [run_dir] * 2, signalled=(asked, call, "SIGTERM"))
+    flags = [("--checkpoint_seconds=1000",)] * 2  # the stop alone saves
+    codes, said = run(small_dataset, [run_dir] * 2, signalled=(asked, call, "SIGTERM"), flags=flags)
     assert codes == [143, 143], said
     assert not (run_dir / "export").exists()
-    steps = 10 * call if call <= CALLS else 25 + 10 * (call - CALLS)
-    assert checkpoints(run_dir)[-1] == f"step-{steps:08d}.ckpt"
+    assert checkpoints(run_dir) == [f"step-{STANDS[call - 1]:08d}.ckpt"]
     stopped = "stopped by SIGTERM after saving; the same command goes on from here"
     assert not any("Traceback" in text for text in said), said
     # Not the last line always: TensorFlow may note that the other worker has ended.
@@ -194,7 +242,9 @@ def test_a_stop_of_one_worker_stops_both_and_they_end_as_one_would(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("killed", [0, 1])
-def test_the_other_of_a_killed_worker_says_so_in_one_line(killed, small_dataset, tmp_path):
+def test_the_other_of_a_killed_worker_says_so_in_one_line_and_they_go_on_to_the_same_end(
+    killed, alone, small_dataset, tmp_path
+):
     run_dir = tmp_path / "run"
     codes, said = run(small_dataset, [run_dir] * 2, signalled=(killed, CALLS + 2, "SIGKILL"))
     assert codes[killed] == -signal.SIGKILL
@@ -202,8 +252,13 @@ def test_the_other_of_a_killed_worker_says_so_in_one_line(killed, small_dataset,
     expected = "another worker ended; the same command on all goes on from the last checkpoint"
     assert errors(said)[1 - killed] == expected
     # A chief that is left alone may have been about to save when it learned of it.
-    steps = (35,) if killed == 0 else (25, 35)
+    steps = STANDS[CALLS : CALLS + 1] if killed == 0 else STANDS[CALLS - 1 : CALLS + 1]
     assert checkpoints(run_dir)[-1] in [f"step-{step:08d}.ckpt" for step in steps]
+
+    codes, said = run(small_dataset, [run_dir] * 2)
+    assert codes == [0, 0], said
+    assert "epoch 1/3" not in said[0]
+    assert result(run_dir) == result(alone)
 
 
 @pytest.mark.campaign
@@ -305,7 +360,7 @@ def test_the_first_refusal_or_difference_counts(said, kind, message):
 def test_a_block_ends_alike_for_whoever_refused_and_whoever_heard_of_it():
     parted = []
     heard = ['[{}, "", 0]', '[{}, "x: held", 75]']
-    workers = Workers(alone=False, exchange=lambda _: heard, part=lambda: parted.append(1))
+    workers = Workers(exchange=lambda _: heard, part=lambda: parted.append(1))
     with pytest.raises(LockedError, match=r"^worker 1: x: held$"), workers.together():
         pass
     with pytest.raises(InputError, match=r"^own$") as own, workers.together():

@@ -42,10 +42,7 @@ def train(run: Run) -> Progress | None:
     if run.workers.is_chief:
         run_folder.write_lines(run.metrics, progress.lines)
     bar = Bar(run.config.epochs, run.steps_per_epoch, shown=run.workers.is_chief)
-    training, validating = (
-        Stride(most, fixed=not run.workers.alone)
-        for most in (run.config.steps_per_call, VALIDATION_STEPS_PER_CALL)
-    )
+    training, validating = Stride(run.config.steps_per_call), Stride(VALIDATION_STEPS_PER_CALL)
     with contextlib.closing(bar), profiler(run.profile) as before_call:
         try:
             if not is_over(run.config, progress):
@@ -54,7 +51,7 @@ def train(run: Run) -> Progress | None:
                 _train_epoch(run, progress, bar, before_call, training)
                 validation = _validate(run, progress, validating)
                 bar.close()
-                _finish_epoch(run, progress, validation)
+                _finish_epoch(run, progress, validation, validating)
         except _StopError:
             run.workers.part()
             return None
@@ -68,16 +65,23 @@ def is_over(config: TrainConfig, progress: Progress) -> bool:
     return progress.epoch >= config.epochs or patience_lost
 
 
-def _pause(run: Run, progress: Progress) -> None:
-    """Between two calls: saves if it is time, and saves and stops if that was asked for."""
+def _pause(run: Run, progress: Progress, stride: Stride) -> None:
+    """Between two calls: saves if it is time, and saves and stops if that was asked for.
+
+    Args:
+        run: what the loop works with.
+        progress: where it stands.
+        stride: of the call before; the chief's becomes that of all.
+    """
     run.stop.unsaved = True
-    asked = run.workers.agree(run.stop.received)
-    over = is_over(run.config, progress)
-    if asked or over or run.workers.agree(run.checkpoints.due()):
+    own = stride.steps if run.workers.is_chief else 0
+    asked, due, steps = run.workers.total([run.stop.received, run.checkpoints.due(), own])
+    stride.steps = int(steps)
+    if asked or due or is_over(run.config, progress):
         run.checkpoints.save(progress, run.step(progress))
-        run.stop.saved()
-    if asked:
-        raise _StopError
+        if asked:
+            raise _StopError
+        run.stop.unsaved = False  # where a stop has come meanwhile, the process ends here
 
 
 def _train_epoch(
@@ -104,7 +108,7 @@ def _train_epoch(
         progress.step_in_epoch = last
         seen = int(batches.mask[:last].sum())
         bar.update(progress, seen, taken=last - first)
-        _pause(run, progress)
+        _pause(run, progress, stride)
 
 
 def _tell_bad_step(run: Run, stands: Progress, loss: float, taken: int) -> NoReturn:
@@ -159,7 +163,8 @@ def _validate(run: Run, progress: Progress, stride: Stride) -> Totals | None:
     sums, first = NOTHING, 0
     while first < len(rows.indices):
         if first:
-            _pause(run, progress)  # not after the last: what follows is quick, and worth saving
+            # Not after the last: what follows is quick, and worth saving.
+            _pause(run, progress, stride)
         last = min(first + stride.steps, len(rows.indices))
         started = time.monotonic()
         sums = run.evaluate(rows.indices[first:last], rows.mask[first:last], progress.epoch, sums)
@@ -172,7 +177,7 @@ def _validate(run: Run, progress: Progress, stride: Stride) -> Totals | None:
     return Totals(*(float(each) / run.validation_size for each in sums))
 
 
-def _finish_epoch(run: Run, progress: Progress, validation: Totals | None) -> None:
+def _finish_epoch(run: Run, progress: Progress, validation: Totals | None, stride: Stride) -> None:
     """Reports an epoch; `progress` then stands at the start of the next one."""
     epoch, step = progress.epoch + 1, run.step(progress)
     line = {
@@ -201,7 +206,7 @@ def _finish_epoch(run: Run, progress: Progress, validation: Totals | None) -> No
     following = next_epoch(run, progress, validation)
     for field in dataclasses.fields(Progress):
         setattr(progress, field.name, getattr(following, field.name))
-    _pause(run, progress)
+    _pause(run, progress, stride)
 
 
 def next_epoch(run: Run, progress: Progress, validation: Totals | None) -> Progress:

@@ -2,7 +2,8 @@
 
 TensorFlow's own wait cannot be ended: it holds Python's lock, takes SIGTERM for itself, and that
 of the first worker knows no limit. So the first worker listens here, at the address where
-TensorFlow listens after it; the others knock there until they hear that all have come.
+TensorFlow listens after it; the others knock there until they hear that all have come. The
+connections stay, for what cannot wait until all are between two calls.
 """
 
 from __future__ import annotations
@@ -21,13 +22,61 @@ from trainer.workers import Cluster
 MEETING_SECONDS = 900.0  # machines of one job come up minutes apart
 KNOCK_SECONDS = 0.5  # between two attempts
 CONNECT_SECONDS = 10.0  # for one of them
+KEEP_ALIVE_SECONDS = 60  # a firewall may forget a connection that is silent for ten minutes
 HELLO = re.compile(rb"digits worker (\d+)\n")
 ALL_HERE = b"digits: all here\n"
 MISSING = b"digits: missing: "
+STOP = b"digits: stop\n"
 
 
-def meet(cluster: Cluster) -> None:
-    """Returns once every worker of a cluster is here.
+class Line:
+    """On which a worker tells the others that it was told to stop.
+
+    It runs from the first worker to each of the others: what the first one hears, it has to tell.
+
+    Args:
+        connections: to the others.
+        heard: whether one of them has told it already.
+    """
+
+    def __init__(self, connections: Iterable[socket.socket], *, heard: bool = False) -> None:
+        self._connections = list(connections)
+        self._heard = heard
+        for each in self._connections:
+            each.setblocking(False)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):  # not everywhere
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE_SECONDS)
+
+    def tell(self) -> None:
+        """Tells the others; one that has ended needs no telling."""
+        for each in self._connections:
+            with contextlib.suppress(OSError):
+                each.send(STOP)
+
+    def heard(self) -> bool:
+        """Whether one of the others has told it; does not wait."""
+        for each in list(self._connections):
+            try:
+                said = each.recv(64)
+            except BlockingIOError:
+                continue
+            except OSError:
+                said = b""
+            if not said:  # it has ended
+                self._connections.remove(each)
+                each.close()
+            self._heard |= bool(said)
+        return self._heard
+
+    def close(self) -> None:
+        """Hangs up."""
+        for each in self._connections:
+            each.close()
+
+
+def meet(cluster: Cluster) -> Line:
+    """Returns once every worker of a cluster is here, with the line that there is to them.
 
     Raises:
         UnreachableError: not all of them came in `MEETING_SECONDS`; the message says who did not.
@@ -42,9 +91,8 @@ def meet(cluster: Cluster) -> None:
         _names(cluster, others),
     )
     if cluster.rank == 0:
-        _receive(cluster, MEETING_SECONDS)
-    else:
-        _knock(cluster, MEETING_SECONDS)
+        return _receive(cluster, MEETING_SECONDS)
+    return _knock(cluster, MEETING_SECONDS)
 
 
 def _names(cluster: Cluster, ranks: Iterable[int]) -> str:
@@ -56,7 +104,7 @@ def _place(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _receive(cluster: Cluster, seconds: float) -> None:
+def _receive(cluster: Cluster, seconds: float) -> Line:
     """As the first worker: waits until each of the others is here, and tells them all."""
     deadline = time.monotonic() + seconds
     with _Door(cluster.addresses[0]) as door:
@@ -68,9 +116,10 @@ def _receive(cluster: Cluster, seconds: float) -> None:
                 raise UnreachableError(said)
             door.look(left)
         door.tell(ALL_HERE)
+        return Line(door.leave())
 
 
-def _knock(cluster: Cluster, seconds: float) -> None:
+def _knock(cluster: Cluster, seconds: float) -> Line:
     """As any other worker: waits until the first one says that all are here.
 
     It may come late itself, and then it is the one who knows how long to wait.
@@ -78,15 +127,16 @@ def _knock(cluster: Cluster, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         answer = b""
-        with (
-            contextlib.suppress(OSError),  # not here yet, or gone again
-            socket.create_connection(_place(cluster.addresses[0]), CONNECT_SECONDS) as first,
-        ):
+        with contextlib.ExitStack() as ends, contextlib.suppress(OSError):  # not here, or gone
+            address = _place(cluster.addresses[0])
+            first = ends.enter_context(socket.create_connection(address, CONNECT_SECONDS))
             first.settimeout(seconds + CONNECT_SECONDS)  # it gives up first, and says why
             first.sendall(b"digits worker %d\n" % cluster.rank)
             answer = first.recv(65536)
-        if answer == ALL_HERE:
-            return
+            if answer.startswith(ALL_HERE):  # and it may have told more, on the line
+                line = Line([first], heard=answer != ALL_HERE)
+                ends.pop_all()
+                return line
         if answer.startswith(MISSING):
             raise UnreachableError(answer.removeprefix(MISSING).decode())
         time.sleep(KNOCK_SECONDS)
@@ -129,6 +179,13 @@ class _Door:
         for guest in self.guests.values():
             with contextlib.suppress(OSError):
                 guest.sendall(said)
+
+    def leave(self) -> list[socket.socket]:
+        """Lets the connections of the guests outlive the door."""
+        for guest in self.guests.values():
+            self._selector.unregister(guest)
+            self._open.remove(guest)
+        return list(self.guests.values())
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # gone again

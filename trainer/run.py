@@ -22,9 +22,6 @@ class Stop(Protocol):
     received: bool
     unsaved: bool
 
-    def saved(self) -> None:
-        """Tells that a checkpoint holds every step."""
-
 
 class SavedProgress(Protocol):
     """What the loop needs of `checkpoints.Checkpoints`."""

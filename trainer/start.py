@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import tensorflow as tf
 
@@ -16,6 +17,7 @@ from trainer.events import EventWriter
 from trainer.export import describe, export
 from trainer.job import Job, Read, begin, open_dataset, settle
 from trainer.loop import train
+from trainer.meeting import meet
 from trainer.mirror import Mirror
 from trainer.progress import table
 from trainer.run import Run
@@ -23,7 +25,7 @@ from trainer.run_folder import Places
 from trainer.stop import StopSignal
 from trainer.strategy import join, make_strategy, told_of_others
 from trainer.trained import Splits, Trained, build, evaluation_batch
-from trainer.workers import Workers, in_cluster
+from trainer.workers import Workers, in_cluster, read_cluster
 
 CHECKED_IMAGES = 64  # that a fresh process is asked about
 
@@ -73,7 +75,7 @@ def execute(
         if progress is None:
             log.info("stopped by SIGTERM after saving; the same command goes on from here")
             return command.TERMINATED
-        stop.unsaved = stop.with_others = False  # from here on, a stop ends the process at once
+        stop.unsaved = False  # from here on, a stop ends the process at once
         if workers.is_chief:
             sha256 = _export(job, run, trained, progress, found)
             stop.with_others = True  # but for what is half published
@@ -83,12 +85,17 @@ def execute(
 
 
 def _join(config: TrainConfig, stop: StopSignal) -> tuple[tf.distribute.Strategy, Workers]:
-    """Makes the replicas, and joins the workers that train with this one."""
-    strategy = make_strategy(config.replicas, tf32=config.tf32)
-    stop.listen()
-    workers = join(strategy)
-    stop.with_others = not workers.alone
-    return strategy, workers
+    """Meets the workers that train with this one, makes the replicas, and joins them.
+
+    As it connects workers, TensorFlow takes the signal for itself, for good.
+    """
+    with stop.held():
+        if in_cluster():
+            stop.line = meet(read_cluster(os.environ.get("TF_CONFIG")))
+            stop.with_others = True  # who connects to one that has ended waits in vain, and long
+        strategy = make_strategy(config.replicas, tf32=config.tf32)
+    stop.with_others = False
+    return strategy, join(strategy)
 
 
 def _make_run(

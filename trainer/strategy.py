@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from pipeline.command import InputError
-from trainer.meeting import meet
 from trainer.stop import StopSignal
-from trainer.workers import EndedError, Workers, in_cluster, read_cluster
+from trainer.workers import EndedError, Workers, in_cluster
 
 CONNECT_SECONDS = 300.0  # for what takes less than one, or where GPUs are slow to start, several
+NEWS_SECONDS = 1.0  # that the word of a stop comes at most after the end of who was told to
 
 
 def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.Strategy:
     """Mirrors the model over GPUs where there are any, else over logical CPUs.
 
     With TF_CONFIG set to a cluster of several workers, over all of their devices: every GPU,
-    or the one CPU, of each. Must come before anything else runs on a device, because logical
-    CPUs, and the connections of a cluster, are made at start-up.
+    or the one CPU, of each; they should have met. Must come before anything else runs on a
+    device, because logical CPUs, and the connections of a cluster, are made at start-up.
 
     Args:
         replicas: how many in all; None: every visible GPU, else one CPU.
@@ -33,7 +32,6 @@ def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.
     Raises:
         InputError: more replicas than GPUs, another number than the workers have, or a
             TF_CONFIG that describes no cluster.
-        UnreachableError: not all workers of TF_CONFIG have come.
     """
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     gpus = tf.config.list_physical_devices("GPU")
@@ -63,13 +61,12 @@ def make_strategy(replicas: int | None, *, tf32: bool = False) -> tf.distribute.
 
 
 def _connect() -> tf.distribute.Strategy:
-    """Waits for the other workers, and makes the strategy of all of them.
+    """Makes the strategy of all workers.
 
-    Once all have come, TensorFlow takes moments; but where one of them has ended in between, it
+    Where all have come, TensorFlow takes moments; but where one of them has ended in between, it
     may wait without end, and lets nothing of Python run: what ends the process then is a thread of
     C's.
     """
-    meet(read_cluster(os.environ.get("TF_CONFIG")))
     faulthandler.dump_traceback_later(CONNECT_SECONDS, exit=True)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
@@ -91,16 +88,15 @@ def join(strategy: tf.distribute.Strategy) -> Workers:
     """This process among the workers of a strategy."""
     if strategy.num_replicas_in_sync == len(strategy.extended.worker_devices):
         return Workers()
-    agree = make_agree(strategy)
+    total = make_total(strategy)
 
     def part() -> None:
         with contextlib.suppress(*PEER_ERRORS):  # the others have heard, and have ended
-            agree(False)
+            total([0.0])
 
     return Workers(
-        alone=False,
         is_chief=is_chief(strategy),
-        agree=agree,
+        total=total,
         part=part,
         exchange=make_exchange(strategy),
     )
@@ -128,21 +124,28 @@ def told_of_others(stop: StopSignal) -> Iterator[None]:
     except PEER_ERRORS as error:
         if not in_cluster():
             raise
-        raise EndedError(stopped=stop.received) from error
+        raise EndedError(stopped=stop.wait(NEWS_SECONDS)) from error
 
 
-def make_agree(strategy: tf.distribute.Strategy) -> Callable[[bool], bool]:
-    """Makes the question whether any worker says yes; all of them must ask it together."""
+def make_total(strategy: tf.distribute.Strategy) -> Callable[[Sequence[float]], list[float]]:
+    """Makes what adds up numbers over all workers, as float32; they must call it together."""
+    own = len(strategy.extended.worker_devices)
 
     @tf.function
-    def count(said):  # type: ignore[no-untyped-def]
+    def summed(values):  # type: ignore[no-untyped-def]
         def on_replica(value):  # type: ignore[no-untyped-def]
             value = tf.identity(value)  # on this replica's device, where the sum is wanted
             return tf.distribute.get_replica_context().all_reduce("SUM", value)
 
-        return strategy.experimental_local_results(strategy.run(on_replica, (said,)))[0]
+        return strategy.experimental_local_results(strategy.run(on_replica, (values,)))[0]
 
-    return lambda said: bool(count(per_replica(strategy, lambda _: float(said))) > 0)
+    def total(values: Sequence[float]) -> list[float]:
+        given = np.array(values, np.float32)
+        # A worker speaks once, however many replicas it has.
+        said = per_replica(strategy, lambda replica: given * np.float32(replica % own == 0))
+        return summed(said).numpy().tolist()
+
+    return total
 
 
 def make_exchange(strategy: tf.distribute.Strategy) -> Callable[[str], list[str]]:

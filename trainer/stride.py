@@ -13,21 +13,17 @@ class Stride:
 
     Args:
         most: steps of a call.
-        fixed: whether each takes so many: several workers, of which each has its own clock, have
-            to take the same steps together.
 
     Attributes:
-        steps: of the next call.
+        steps: of the next call. Several workers, of which each has its own clock, have to take the
+            same steps together: those of the chief's.
     """
 
-    def __init__(self, most: int, *, fixed: bool) -> None:
+    def __init__(self, most: int) -> None:
         self._most = most
-        self._fixed = fixed
-        self.steps = most if fixed else 1
+        self.steps = 1
 
     def took(self, steps: int, seconds: float) -> None:
         """Learns how long so many steps took."""
-        if self._fixed:
-            return
         in_time = steps * CALL_SECONDS / max(seconds, 1e-9)
         self.steps = int(min(self._most, max(1, in_time)))

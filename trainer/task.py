@@ -213,7 +213,8 @@ def execute(config: TaskConfig) -> int:
                 storage.recover(config.places.model)  # it was killed just after the model stood
                 log.info("%s: already trained and exported", config.places.run)
                 return command.DONE
-        with command.quiet_import():
+        # The threads that start here never get the signal, whoever takes it later.
+        with stop.held(), command.quiet_import():
             from trainer import start
         return start.execute(
             config.train,

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.command import (
@@ -37,18 +37,22 @@ class Workers:
     """This process among those that train together; by default, it is alone.
 
     Attributes:
-        alone: whether there are no others.
         is_chief: whether this one writes; of several workers one does.
-        agree: whether any of the workers says yes; all of them ask at the same steps.
+        total: the sum of each of a few numbers over all workers, the same to the last bit on all;
+            all of them ask at the same steps.
         exchange: the texts of all workers, by rank; all of them exchange at the same steps.
         part: waits until all have heard what was settled last; for the last thing before an end.
     """
 
-    alone: bool = True
     is_chief: bool = True
-    agree: Callable[[bool], bool] = bool
+    total: Callable[[Sequence[float]], list[float]] = list
     exchange: Callable[[str], list[str]] = lambda text: [text]
     part: Callable[[], object] = lambda: None
+
+    def agree(self, said: bool) -> bool:
+        """Whether any of the workers says yes; all of them ask at the same steps."""
+        (yes,) = self.total([said])
+        return yes > 0
 
     @contextlib.contextmanager
     def together(self) -> Iterator[dict[str, Any]]:

@@ -37,10 +37,18 @@ def failed(root: Place, request: Request, stages: Stages, error: StageError) -> 
     A stage that somebody else ended by a SIGTERM has failed; a job that was cancelled where it is
     kept has not. Wrong input stays wrong, so the run is closed at once, and the same command
     begins it anew.
+
+    Raises:
+        LockedError: another process has taken the root over.
     """
     was_cancelled = error.stage == VERTEX and error.code == command.TERMINATED
-    if error.code == command.LOCKED or error.stopped or was_cancelled:
+    if error.stopped or was_cancelled:
         return error.code
+    if error.code == command.LOCKED:  # 75 of a chain says that another chain does the work
+        stages.hold()
+        hope = "another process or job is at work there; once it has ended, the same command goes"
+        log.error("run %s: %s: %s on from here", request.run_id, error, hope)
+        return command.FAILED
     if error.code == command.UNREACHABLE:  # no fault of the run's; there may be nobody to ask
         hope = "once the server answers or has room, the same command goes on from here"
         log.error("run %s: %s; %s", request.run_id, error, hope)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from pipeline import command, leases, vertex_job
+from pipeline import command, gcs, leases, vertex_job
 from pipeline.command import InputError, LockedError, StoppedError, log
 from pipeline.interrupts import Interrupts
 from pipeline.services import Asking, NoAnswerError, QuotaError, RefusedError
@@ -24,6 +24,7 @@ from pipeline.vertex_options import VertexConfig
 REPEAT_SECONDS = 600.0  # after which a state that stays is told again
 CANCEL_SECONDS = 300.0  # for the trainer to save, and the service to notice
 CANCEL_PATIENCE_SECONDS = 60.0
+MAX_WAITS = 10  # for locks of killed trainers; then something else than bad luck kills them
 RESOURCE_EXHAUSTED = 8  # of google.rpc.Code
 EXIT_CODE = re.compile(r"exited with a non-zero status(?: code)?(?: of)? (\d+)")
 
@@ -77,17 +78,17 @@ class Training:
                 raise type(stop)(said) from None
 
     def _finish(self, interrupts: Interrupts) -> int:
-        waited = False
+        waits = 0
         while True:
             job = self._find()
             was_dying = job is not None and job.state == CANCELLING
             ended = self._follow(job or self._submit(interrupts))
             if was_dying and ended.state != SUCCEEDED:
                 continue  # what ended that one was meant for an earlier command
-            if waited or exit_code(ended.error) != command.LOCKED:
+            is_locked = exit_code(ended.error) == command.LOCKED and waits < MAX_WAITS
+            if not is_locked or not self._lock_lapses(ended):
                 return outcome(ended, self.config)
-            waited = True
-            self._wait_for_lock(ended)
+            waits += 1
 
     def _asking(self, most: float = float("inf")) -> Asking:
         patience = min(most, self.config.patience_seconds)
@@ -154,15 +155,18 @@ class Training:
             except RefusedError as error:
                 raise JobError(f"{job.name}: its state is not told any more: {error}") from None
 
-    def _wait_for_lock(self, ended: Job) -> None:
-        """Waits until the lock of the run folder has lapsed.
+    def _lock_lapses(self, ended: Job) -> bool:
+        """Waits as long as a lock takes to lapse; whether nobody renewed it meanwhile.
 
-        As no other job is at work there, it is that of a trainer which was killed, and started
-        again at once.
+        It is then that of a trainer which was killed, and started again at once: as often as a
+        machine is taken away so soon.
         """
+        lock = gcs.parse(self.task.folder) / leases.LOCK_NAME
         _, lapse = leases.times()
+        found = lock.find()
         log.info("%s: %s; once more in %g seconds", ended.name, ended.error, lapse)
         time.sleep(lapse)
+        return lock.find() in (found, None)
 
     def _cancel(self) -> str:
         """Cancels what is at work for this attempt, waits for its end, and says what came of it.

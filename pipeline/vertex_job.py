@@ -43,10 +43,14 @@ class Task:
     arguments: Sequence[str] = ()
 
     @property
+    def folder(self) -> str:
+        """The run folder as ``gs://bucket/path``, in whichever way it is written."""
+        return in_bucket(self.run_dir) or self.run_dir
+
+    @property
     def run_label(self) -> str:
-        """Names the run folder, in whichever way it is written, among all jobs of a project."""
-        bucket = in_bucket(self.run_dir) or self.run_dir
-        return hashlib.sha256(bucket.encode()).hexdigest()[:32]
+        """Names the run folder among all jobs of a project."""
+        return hashlib.sha256(self.folder.encode()).hexdigest()[:32]
 
     @property
     def display_name(self) -> str:
@@ -67,7 +71,7 @@ def request(config: VertexConfig, task: Task) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "workerPoolSpecs": _pools(config, task),
         "scheduling": _scheduling(config),
-        "baseOutputDirectory": {"outputUriPrefix": f"{in_bucket(task.run_dir)}/"},
+        "baseOutputDirectory": {"outputUriPrefix": f"{task.folder}/"},
     }
     if config.service_account is not None:
         spec["serviceAccount"] = config.service_account

@@ -429,7 +429,6 @@ def test_a_damaged_dataset_whose_source_changed_is_left_as_it_is(job):
 @pytest.mark.parametrize(
     ("code", "stopped", "module"),
     [
-        (LOCKED, False, "trainer.task"),
         (TERMINATED, True, "trainer.task"),
         (TERMINATED, False, "pipeline.vertex"),  # somebody cancelled its job
     ],
@@ -447,6 +446,36 @@ def test_being_stopped_is_no_failure(job, monkeypatch, code, stopped, module, ca
     assert job.outcomes() == ["promoted"]
     assert all(record.levelno <= logging.INFO for record in caplog.records)
     assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+
+
+@pytest.mark.parametrize("stage", ["task", "evaluate"])
+def test_a_locked_folder_of_a_stage_is_no_other_chain_at_work(job, stage, caplog):
+    """Of a chain, 75 says that another one does the work: here none does it."""
+    job.stages.fails = {stage: LOCKED}
+    for day in range(1, 5):  # it is no fault of the run's, and does not count
+        caplog.clear()
+        assert job(day=day)[0] == FAILED
+        (said,) = [line for line in caplog.messages if "ended with exit code 75" in line]
+        assert said.endswith(
+            ": another process or job is at work there; once it has ended, the same command goes"
+            " on from here"
+        )
+    assert job.lines() == []
+    job.stages.fails = {}
+    assert job(day=5)[0] == 0
+    assert job.outcomes() == ["promoted"]
+
+
+def test_a_chain_that_lost_its_root_says_that_another_one_is_at_work(job, monkeypatch):
+    job.stages.fails = {"task": LOCKED}
+
+    def lost():
+        if job.stages.ran:
+            raise LockedError("the lock of this process has lapsed")
+
+    monkeypatch.setattr(job.stages, "hold", lost)
+    with pytest.raises(LockedError):
+        job()
 
 
 @pytest.mark.parametrize("code", [TERMINATED, -15])

@@ -23,6 +23,7 @@ from pipeline import (
 )
 from pipeline import vertex_options as options
 from pipeline.command import InputError, LockedError, StoppedError, UnreachableError
+from pipeline.gcs import Stat
 from pipeline.redaction import one_line
 from pipeline.rules import Rules
 from pipeline.services import NoAnswerError, QuotaError
@@ -585,21 +586,51 @@ def test_one_that_ends_well_although_it_was_cancelled_is_enough():
     assert finish(service) == 0
 
 
-def test_a_lock_that_a_killed_trainer_left_is_waited_for_once(monkeypatch):
+LOCKED = job(1, "FAILED", error="The replica exited with a non-zero status of 75.")
+STANDING = Stat(0, 7, "", datetime.datetime.now(datetime.UTC))
+
+
+@pytest.fixture
+def lock(monkeypatch):
+    """What is found of the lock of the run folder, one after the other; the last one stays."""
+    found = [STANDING]
     monkeypatch.setattr(vertex_follow.leases, "times", lambda: (0.001, 0.01))
-    locked = job(1, "FAILED", error="The replica exited with a non-zero status of 75.")
+
+    def find(path):
+        assert str(path) == f"{TASK.run_dir}/.lock"
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    monkeypatch.setattr(vertex_follow.gcs.GcsPath, "find", find)
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_the_locks_of_killed_trainers_are_waited_for(lock, times):
+    lock[:] = [STANDING, STANDING, None]  # or it goes meanwhile
     service = Script(
         unfinished=[[]],
-        create=[job(1, "PENDING"), job(2, "PENDING")],
-        get=[locked, job(2, "SUCCEEDED")],
+        create=[job(1, "PENDING")],
+        get=[*[LOCKED] * times, job(1, "SUCCEEDED")],
     )
     assert finish(service) == 0
-    assert service.asked == ["unfinished", "create", "get"] * 2
-    service = Script(unfinished=[[]], create=[job(1, "PENDING")], get=[locked])
+    assert service.asked == ["unfinished", "create", "get"] * (times + 1)
+
+
+def test_a_lock_that_is_renewed_is_another_ones(lock):
+    lock[:] = [STANDING, STANDING._replace(generation=8)]
+    service = Script(unfinished=[[]], create=[job(1, "PENDING")], get=[LOCKED])
     with pytest.raises(JobError, match="status of 75") as caught:
         finish(service)
     assert caught.value.exit_code == 75
-    assert service.asked == ["unfinished", "create", "get"] * 2
+    assert service.asked == ["unfinished", "create", "get"]
+
+
+def test_trainers_that_are_killed_without_end_are_given_up(lock):
+    service = Script(unfinished=[[]], create=[job(1, "PENDING")], get=[LOCKED])
+    with pytest.raises(JobError, match="status of 75") as caught:
+        finish(service)
+    assert caught.value.exit_code == 75
+    assert service.asked == ["unfinished", "create", "get"] * (vertex_follow.MAX_WAITS + 1)
 
 
 def test_one_of_another_attempt_locks_the_folder():

@@ -40,6 +40,8 @@ def held(directory: Path) -> Iterator[int]:
             ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
         except BlockingIOError:
             ours = False
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be locked: {error.strerror}") from None
         if not ours:  # held by another, or removed with its folder as we opened it
             raise LockedError(f"{directory}: another process is at work here")
         yield descriptor

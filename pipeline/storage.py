@@ -177,9 +177,10 @@ def published_whole(
         replace: whether it may take the place of one that holds files. That one is moved aside
             in the end: killed just then, neither stands under the name, and the next attempt
             brings the old one back. In a bucket it is removed in the end, and killed just then,
-            the next attempt removes what is left of both.
-        last: the file without which the folder is nothing to its readers; in a bucket it comes
-            last and goes first.
+            the next attempt removes what is left of both; so it is where a file system renames
+            no folders, as that of a mounted bucket.
+        last: the file without which the folder is nothing to its readers; where nothing can be
+            renamed it comes last and goes first.
         resume: whether a folder in a bucket may be one that an earlier process left to a job,
             with all that is in it; see `gcs_publish.keep`.
         cleared: files and folders in the one that is replaced which go before the block begins.
@@ -200,7 +201,7 @@ def published_whole(
     from pipeline import local_publish
 
     local: Any = local_publish.published_whole(
-        final, replace=replace, cleared=cleared, left_out=left_out
+        final, replace=replace, last=last, cleared=cleared, left_out=left_out
     )
     return local
 
@@ -263,7 +264,7 @@ def discard(folder: Place, first: str = "", *, last: str = "", lock: Lock | None
     """Removes a folder in such a way that no reader takes a rest of it for a whole.
 
     It is moved aside, and `discard_leftovers` removes what a process left there that was killed.
-    In a bucket, where nothing can be moved, the order of its files counts.
+    In a bucket, mounted or not, where nothing can be moved, the order of its files counts.
 
     Args:
         folder: the folder.
@@ -280,10 +281,9 @@ def discard(folder: Place, first: str = "", *, last: str = "", lock: Lock | None
 
         gcs_publish.discard(folder, first, last, None if isinstance(lock, int) else lock)
         return
-    aside = folder.parent / f".{folder.name}{REMOVED}"
-    remove(aside)
-    folder.rename(aside)
-    remove(aside)
+    from pipeline import local_publish
+
+    local_publish.discard(folder, first, last)
 
 
 def discard_leftovers(parent: Place) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -310,6 +311,17 @@ def test_lock_of_a_folder_that_was_removed_as_it_was_taken(tmp_path, monkeypatch
         pytest.fail("entered")
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_in_a_line(tmp_path, monkeypatch, number):
+    def refuses(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuses)
+    with pytest.raises(InputError, match="cannot be locked: ") as caught, storage.locked(tmp_path):
+        pytest.fail("entered")
+    assert caught.value.exit_code == 2
+
+
 # Small verbs
 
 
@@ -403,8 +415,16 @@ def test_rename_that_fails_keeps_the_old_folder(old, monkeypatch, nth):
     assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
 
 
+STEPS = ((Path, "rename"), (Path, "unlink"), (os, "unlink"), (os, "rmdir"))
+
+
 def killed_at(nth, final, after):
     """Replaces `final` in a child that ends at its nth step; tells whether it came to the end."""
+    return ended_at(nth, after, STEPS, lambda: put_new(final))
+
+
+def ended_at(nth, after, found, work):
+    """Does something in a child that ends at its nth step; tells whether it came to the end."""
     child = os.fork()
     if child == 0:
         steps = 0
@@ -423,9 +443,9 @@ def killed_at(nth, final, after):
             return step
 
         try:
-            for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "unlink"), (os, "rmdir")):
+            for owner, name in found:
                 setattr(owner, name, ending(getattr(owner, name)))
-            put_new(final)
+            work()
             os._exit(0)
         finally:
             os._exit(1)
@@ -463,6 +483,167 @@ def put_new_over(final):
     with storage.published_whole(final, replace=True) as staging:
         for name, content in NEW.items():
             (staging / name).write_bytes(content)
+
+
+# Where folders cannot be renamed, as in a bucket that Cloud Storage FUSE has mounted
+
+RENAME = Path.rename
+REFUSALS = ("EMFILE", "ENOSYS", "EPERM", "EIO", "EXDEV", "ENOTSUP")
+LAST = "file"  # without which the folders of these tests are nothing
+
+
+@pytest.fixture(params=REFUSALS)
+def refused(request, monkeypatch):
+    refuse_folders(request.param, monkeypatch.setattr)
+
+
+def refuse_folders(name, patch):
+    number = getattr(errno, name)
+
+    def rename(self, target):
+        if self.is_dir():
+            raise OSError(number, os.strerror(number), str(self), None, str(target))
+        return RENAME(self, target)
+
+    patch(Path, "rename", rename)
+
+
+def put_newer(final, **options):
+    with storage.published_whole(final, last=LAST, **options) as staging:
+        (staging / "deep/er").mkdir(parents=True)
+        (staging / "deep/er/other").write_bytes(b"new")
+        (staging / LAST).write_bytes(b"new")
+        (staging / "left").write_bytes(b"out")
+
+
+NEWER = {LAST: b"new", "deep/er/other": b"new"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_is_published_where_none_is_renamed(refused, tmp_path, exists):
+    final = tmp_path / "final"
+    if exists:
+        final.mkdir()
+    put_newer(final, left_out=("left",))
+    assert helpers.tree(final) == NEWER and names(tmp_path) == ["final"]
+
+
+def test_a_folder_is_replaced_where_none_is_renamed(refused, old):
+    put_newer(old, replace=True, left_out=("left",))
+    assert helpers.tree(old) == NEWER and names(old.parent) == ["final"]
+
+
+def test_what_names_a_copied_folder_goes_first_and_comes_last(old, monkeypatch):
+    refuse_folders("EMFILE", monkeypatch.setattr)
+    copyfile, remove, seen = storage.shutil.copyfile, storage.remove, []
+
+    def looks(function):
+        def step(*args):
+            seen.append((function.__name__, (old / LAST).exists()))
+            return function(*args)
+
+        return step
+
+    monkeypatch.setattr(storage.shutil, "copyfile", looks(copyfile))
+    monkeypatch.setattr(storage, "remove", looks(remove))
+    put_newer(old, replace=True)
+    at = seen.index(("remove", False))  # the first after it is gone
+    assert ("copyfile", True) not in seen and ("copyfile", False) in seen[at:]
+    assert ("remove", True) in seen[:at]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_a_copy_that_fails_leaves_nothing_of_itself(tmp_path, monkeypatch, error):
+    refuse_folders("EMFILE", monkeypatch.setattr)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(storage.shutil, "copyfile", broken)
+    with pytest.raises(type(error)):
+        put_newer(tmp_path / "final")
+    assert names(tmp_path) == []
+
+
+def test_a_copy_that_fails_brings_back_what_could_be_moved_aside(old, monkeypatch):
+    """As where folders with few files are renamed, and those with many are not."""
+
+    def rename(self, target):
+        if self.parent.name == ".final.incomplete":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return RENAME(self, target)
+
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.shutil, "copyfile", broken)
+        with pytest.raises(OSError, match="broken"):
+            put_newer(old, replace=True)
+    assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
+    put_newer(old, replace=True, left_out=("left",))
+    assert helpers.tree(old) == NEWER and names(old.parent) == ["final"]
+
+
+def test_one_that_nothing_names_cannot_be_copied(old, monkeypatch):
+    refuse_folders("EMFILE", monkeypatch.setattr)
+    with pytest.raises(InputError, match="final: folders cannot be renamed there"):
+        put_new(old)
+    assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
+
+
+def copy_killed_at(nth, final, after):
+    """Like `killed_at`, where folders cannot be renamed."""
+
+    def replace():
+        refuse_folders("EMFILE", setattr)
+        put_newer(final, replace=True, left_out=("left",))
+
+    steps = ((storage.shutil, "copyfile"), (Path, "replace"), (Path, "mkdir"), *STEPS)
+    return ended_at(nth, after, steps, replace)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before a step", "after a step"])
+@pytest.mark.parametrize("again", [False, True], ids=["put in order", "tried again"])
+def test_killed_while_copying(tmp_path, after, again):
+    seen = []
+    for nth in range(1, 100):
+        final = tmp_path / str(nth) / "final"
+        (final / "sub").mkdir(parents=True)
+        for name, content in OLD.items():
+            (final / name).write_bytes(content)
+        if copy_killed_at(nth, final, after):
+            break
+        stands = (final / LAST).exists()
+        if stands:  # readers take it for whole
+            seen.append(helpers.tree(final))
+            assert seen[-1] in (OLD, NEWER)
+        else:
+            seen.append(None)
+        if again:
+            with pytest.MonkeyPatch.context() as patch:
+                refuse_folders("EMFILE", patch.setattr)
+                put_newer(final, replace=True, left_out=("left",))
+            assert helpers.tree(final) == NEWER
+        else:
+            storage.recover(final)
+            assert final.exists() == stands
+            assert not stands or helpers.tree(final) == seen[-1]
+        assert names(final.parent) == ["final"] * final.exists()
+    assert OLD in seen and NEWER in seen and None in seen
+
+
+def test_discard_where_no_folder_is_renamed(refused, tmp_path, monkeypatch):
+    gone, remove = [], storage.remove
+    monkeypatch.setattr(storage, "remove", lambda path: (gone.append(path.name), remove(path)))
+    (tmp_path / "set/sub").mkdir(parents=True)
+    for name in ("first", "last", "other"):
+        (tmp_path / "set" / name).touch()
+    storage.discard(tmp_path / "set", "first", last="last")
+    assert names(tmp_path) == []
+    assert gone[:2] == [".set.removed", "first"]
+    assert (sorted(gone[2:4]), gone[4:]) == (["other", "sub"], ["set"])
 
 
 def test_recovering_where_nothing_is_amiss(old, tmp_path):

@@ -2,7 +2,8 @@
 
 Speaks the REST form of `JobService`: every body is read into the API's own message types, in which
 an unknown field is an error. A job's containers become local processes: ``python`` is this one,
-and ``/gcs/bucket`` a folder. They are told what Vertex AI tells them, AIP_* and TF_CONFIG included.
+and ``/gcs/bucket`` a folder in which no folder is renamed, as in a mounted bucket. They are told
+what Vertex AI tells them, AIP_* and TF_CONFIG included.
 
     python tests/vertex_service.py --port 8080 --mounts out/gcs
 """
@@ -33,6 +34,24 @@ JOB = re.compile(r"/v1/(projects/[^/]+/locations/[^/]+/customJobs/\d+)(:cancel)?
 LABEL = re.compile(r'labels\.([a-z][a-z0-9_-]*)="([^"]*)"')
 PAGE = 2  # jobs on a page of a list: a client has to turn them
 PERMANENT = 128  # exit codes below it are errors of the program, and end the job
+# What Cloud Storage FUSE refuses below /gcs, as each process of a job begins: to rename a folder
+# that holds anything, and to link a file.
+REFUSING = """
+import errno, os, pathlib
+
+def refusing(function, is_refused, number):
+    def refuses(source, target, **options):
+        there = pathlib.Path({mounts!r}).resolve() in pathlib.Path(source).resolve().parents
+        if there and is_refused(source):
+            raise OSError(number, os.strerror(number), str(source), None, str(target))
+        return function(source, target, **options)
+    return refuses
+
+holds = lambda path: os.path.isdir(path) and bool(os.listdir(path))
+os.rename = refusing(os.rename, holds, errno.EMFILE)
+os.replace = refusing(os.replace, holds, errno.EMFILE)
+os.link = refusing(os.link, lambda _: True, errno.ENOSYS)
+"""
 
 
 class RefusalError(Exception):
@@ -184,6 +203,8 @@ class Service(ThreadingHTTPServer):
         self.may_start.set()
         self.program = None
         self.said = Path(tempfile.mkdtemp())
+        self.modules = Path(tempfile.mkdtemp())
+        (self.modules / "sitecustomize.py").write_text(REFUSING.format(mounts=str(self.mounts)))
         self.lock = threading.Lock()
 
     @property
@@ -291,7 +312,7 @@ class Service(ThreadingHTTPServer):
         environ = {name: os.environ[name] for name in kept if name in os.environ}
         base = spec.base_output_directory.output_uri_prefix.rstrip("/")
         environ |= {
-            "PYTHONPATH": str(helpers.ROOT),
+            "PYTHONPATH": f"{self.modules}{os.pathsep}{helpers.ROOT}",
             "CUDA_VISIBLE_DEVICES": "-1",
             "AIP_MODEL_DIR": f"{base}/model/",
             "AIP_CHECKPOINT_DIR": f"{base}/checkpoints/",

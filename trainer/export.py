@@ -154,7 +154,7 @@ def export(
         raise InputError("the weights are not finite; a smaller --learning_rate may help")
     again = (places.model / run_folder.MODEL_FILE).is_file()
     with (
-        storage.published_whole(places.model, replace=again) as staging,
+        storage.published_whole(places.model, replace=again, last=run_folder.MODEL_FILE) as staging,
         fresh_process() as fresh,
     ):
         expected = _save(apply, weights, staging, images)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions, TestOptions
 
-from pipeline import dataflow_notes, storage
+from pipeline import dataflow_notes, dataflow_packages, storage
 from pipeline.command import FailedError, InputError, StoppedError, UnreachableError, log
 from pipeline.dataflow_follow import DONE, ENDED, failure, follow, last_line
 from pipeline.dataflow_notes import Note, take_up
@@ -39,17 +41,25 @@ def job_name(work: Work) -> str:
 # Requests
 
 
-def prepare(pipeline: beam.Pipeline, work: Work) -> Any:
-    """Turns a graph into the description of a job (Beam's); builds the package to be staged."""
+def prepare(pipeline: beam.Pipeline, work: Work, scratch: Path) -> Any:
+    """Turns a graph into the description of a job (Beam's); builds the package to be staged.
+
+    Args:
+        pipeline: the graph.
+        work: what it is for.
+        scratch: a folder for what is to be staged.
+    """
     cloud = pipeline.options.view_as(GoogleCloudOptions)
     cloud.job_name = cloud.job_name or job_name(work)
     test = pipeline.options.view_as(TestOptions)
     test.dry_run = True  # Beam's: it ends where anything would be staged
+    dataflow_packages.ask_for(pipeline.options, scratch)
     try:
         job = pipeline.run().job
     except RuntimeError as error:
         raise InputError(f"the job cannot be prepared: {last_line(str(error))}") from None
     job.options.view_as(TestOptions).dry_run = False
+    dataflow_packages.forget(job.options, scratch)
     return job
 
 
@@ -57,9 +67,10 @@ def describe(pipeline: beam.Pipeline, work: Work) -> dict[str, Any]:
     """What `run` would send to be staged, and the request that would follow; sends nothing."""
     from pipeline.dataflow_staging import Unsent
 
-    job = prepare(pipeline, work)
-    client = Unsent(job.options)
-    client.create_job_description(job)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = prepare(pipeline, work, Path(scratch))
+        client = Unsent(job.options)
+        client.create_job_description(job)
     cloud = job.google_cloud_options
     place = f"v1b3/projects/{cloud.project}/locations/{cloud.region}/jobs"
     return {
@@ -96,9 +107,10 @@ def run(pipeline: beam.Pipeline, work: Work) -> Any:
         note = take_up(client, work)
         try:
             if note is None:
-                job = prepare(pipeline, work)
-                log.info("staging in %s", job.google_cloud_options.staging_location)
-                client.create_job_description(job)
+                with tempfile.TemporaryDirectory() as scratch:
+                    job = prepare(pipeline, work, Path(scratch))
+                    log.info("staging in %s", job.google_cloud_options.staging_location)
+                    client.create_job_description(job)
                 _write_job_file(job)
                 with interrupts.held():  # a job that was begun is to be known
                     note = announce(job, work)

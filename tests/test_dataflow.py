@@ -4,10 +4,12 @@
 """
 
 import dataclasses
+import importlib.metadata
 import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import helpers
 import memory_bucket
@@ -25,6 +27,7 @@ from pipeline import (
     dataflow_follow,
     dataflow_notes,
     dataflow_options,
+    dataflow_packages,
     gcs,
     gcs_publish,
     runners,
@@ -663,3 +666,55 @@ def test_a_signal_that_was_held_outlives_an_error():
 def test_nothing_is_raised_where_nothing_came():
     with Interrupts() as interrupts, interrupts.held():
         pass
+
+
+# What workers install
+
+
+def asked_for(tmp_path, *given):
+    options = PipelineOptions(list(given))
+    dataflow_packages.ask_for(options, tmp_path)
+    return options, options.view_as(SetupOptions).requirements_file
+
+
+def test_workers_are_told_the_versions_that_are_here(tmp_path, caplog):
+    options, path = asked_for(tmp_path, "--setup_file=setup.py")
+    lines = Path(path).read_text().splitlines()
+    assert f"apache-beam=={importlib.metadata.version('apache-beam')}" in lines
+    assert lines == dataflow_packages.pins()
+    assert options.view_as(SetupOptions).requirements_cache == "skip"
+    dataflow_packages.forget(options, tmp_path)
+    assert options.view_as(SetupOptions).requirements_file is None
+    assert options.view_as(SetupOptions).requirements_cache is None
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (["--sdk_container_image=image:1", "--no_use_public_ips"], None),
+        (["--setup_file=setup.py", "--requirements_file=r.txt"], "r.txt"),
+    ],
+)
+def test_an_image_and_whoever_says_himself_what_to_install_are_left_alone(
+    given, path, tmp_path, caplog
+):
+    options, found = asked_for(tmp_path, *given)
+    assert found == path
+    dataflow_packages.forget(options, tmp_path)
+    assert options.view_as(SetupOptions).requirements_file == path
+    assert caplog.messages == []
+
+
+def test_versions_that_are_not_known_are_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(dataflow_packages, "NAME", "no-such-package")
+    assert asked_for(tmp_path, "--setup_file=setup.py")[1] is None
+    assert caplog.messages == [
+        "no-such-package is not installed here: workers take the newest packages"
+    ]
+
+
+def test_workers_without_the_internet_are_told_of(tmp_path, caplog):
+    asked_for(tmp_path, "--setup_file=setup.py", "--no_use_public_ips")
+    (said,) = caplog.messages
+    assert "takes a Cloud NAT in their network" in said

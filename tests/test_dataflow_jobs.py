@@ -5,6 +5,7 @@ is run from the bucket, where nothing else of ours can be imported.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -280,6 +281,7 @@ def test_the_request_field_by_field(whole):
     assert {"some_experiment", "use_runner_v2"} <= set(environment.experiments)
     assert dict(environment.version) == {"job_type": "FNAPI_BATCH", "major": "8"}
     options = environment.sdk_pipeline_options["options"]
+    assert "requirements_file" not in options  # it names a file of this machine
     assert options["save_main_session"] is False
     assert options["pickle_library"] == "cloudpickle"
     assert options["pipelineUrl"] == f"{folder}/pipeline.pb"
@@ -293,7 +295,7 @@ def test_the_request_field_by_field(whole):
     assert pool.subnetwork == "regions/europe-west1/subnetworks/sub"
     assert pool.ip_configuration.name == "WORKER_IP_PRIVATE"
     assert pool.worker_harness_container_image.endswith("/beam_python3.11_sdk:2.77.0")
-    names = ["submission_environment_dependencies.txt", "workflow.tar.gz"]
+    names = ["requirements.txt", "submission_environment_dependencies.txt", "workflow.tar.gz"]
     assert sorted(package.name for package in pool.packages) == names
     for package in pool.packages:
         assert package.location == f"storage.googleapis.com/digits/{folder.key}/{package.name}"
@@ -320,6 +322,33 @@ def test_the_staged_package_holds_everything_and_no_tests(whole, tmp_path):
         *("", "pipeline", "trainer", "digits_pipeline.egg-info", "setup.py", "setup.cfg"),
         *("pyproject.toml", "constraints.txt", "MANIFEST.in", "README.md", "PKG-INFO", "LICENSE"),
     }
+
+
+def test_workers_are_told_every_version(whole, tmp_path):
+    service, _, done = whole
+    path = tmp_path / "requirements.txt"
+    path.write_bytes(staged_files(service.only.job)["requirements.txt"])
+    pins = path.read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9-]+==\S+", line) for line in pins)
+    pinned = dict(line.split("==") for line in pins)
+    needed = importlib.metadata.requires("digits-pipeline")
+    direct = {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in needed if ";" not in line}
+    assert direct <= pinned.keys() and len(direct) > 10
+    behind = {"h5py", "protobuf", "grpcio", "google-cloud-dataflow-client", "google-auth"}
+    assert behind <= pinned.keys()  # what those need, and what Beam on Dataflow needs
+    assert not {"pytest", "mypy", "matplotlib", "jax", "digits-pipeline"} & pinned.keys()
+    # Every one is what is installed here, and nothing that they need is missing.
+    pip = (sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet")
+    found = subprocess.run(
+        [*pip, "--requirement", path], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == ""
+    assert found.stderr.count("ERROR") == 0
+    assert (
+        "WARNING: --setup_file with --no_use_public_ips: workers install packages from the"
+        " internet, which takes a Cloud NAT in their network; with --sdk_container_image they need"
+        " none"
+    ) in done.stderr.splitlines()
 
 
 def test_states_are_told_with_their_time(whole):

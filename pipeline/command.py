@@ -54,7 +54,6 @@ REMARKS = (
     "Really starting service",
     "Really destroying service",
     "Authentication failed using Compute Engine",  # the command says it in its own words
-    "checking soft delete policy",  # which takes more rights than a job needs
 )
 
 # How Python, and behind a semicolon TensorFlow, says that there is no room, and where. Beam and

@@ -260,17 +260,18 @@ def request(
     """What `run` would send to a service, and what it would stage; nothing where none is asked."""
     if options.get_all_options()["runner"] != DATAFLOW:
         return {}
-    from apache_beam.options.pipeline_options import TestOptions
-
     from pipeline import dataflow
 
-    options.view_as(TestOptions).dry_run = True  # else Beam looks at the bucket
     return dataflow.describe(_built(options, build), work)
 
 
 def _built(options: PipelineOptions, build: Callable[[beam.Pipeline], Any]) -> beam.Pipeline:
     import apache_beam as beam
+    from apache_beam.options.pipeline_options import TestOptions
 
+    if options.get_all_options()["runner"] == DATAFLOW:
+        # Else Beam asks for the bucket itself, which takes more rights than a job needs.
+        options.view_as(TestOptions).dry_run = True
     try:
         pipeline = beam.Pipeline(options=options)
     except (ValueError, ImportError, AttributeError) as error:

@@ -17,15 +17,18 @@ import sysconfig
 import tarfile
 import threading
 import time
+from types import SimpleNamespace
 
 import helpers
 import pytest
 import test_gcs
 from dataflow_service import TOKEN, Script, Service
+from emulator import VARIABLE
+from faulty_proxy import FORBIDDEN, FaultyProxy
 from test_gcs import assert_equal, files_of
 from test_vertex import SECRET, fake_account
 
-from pipeline import dataflow_follow, gcs_publish, preprocess, storage
+from pipeline import dataflow_follow, gcs_publish, preprocess, runners, storage
 from pipeline.command import UNREACHABLE, InputError
 from pipeline.gcs import GcsPath
 
@@ -445,6 +448,50 @@ def test_same_report_as_a_local_run(whole, service, models, output, tmp_path):
     assert done.stdout.splitlines()[:-1] == told.splitlines()[:-1]  # the last names the report
     assert beside(output) == []
     assert re.fullmatch(r"digits-evaluate-[0-9a-f]{12}", service.only.job.name)
+
+
+# What a job may do in its bucket
+
+
+class ObjectsOnly(FaultyProxy):
+    """Refuses whatever is not about an object, as to one who may read, write and list objects."""
+
+    def _decide(self, request, has_body):
+        of_objects = rf"/(upload/|download/)?storage/v1/b/{test_gcs.BUCKET}/o([/?].*)?"
+        return ("" if re.fullmatch(of_objects, request.target, re.DOTALL) else FORBIDDEN), False
+
+
+def test_no_right_is_needed_but_that_to_read_and_write_objects(
+    service, models, local, output, tmp_path, monkeypatch
+):
+    with ObjectsOnly(os.environ[VARIABLE], seed=0) as proxy:
+        monkeypatch.setenv(VARIABLE, proxy.address)
+        service.script = Script(execute=from_the_bucket(tmp_path / "one"))
+        done = run_preprocess(service, output, *PACKAGE)
+        assert done.returncode == 0, done.stderr
+        service.script = Script(execute=from_the_bucket(tmp_path / "two"))
+        report = output.parent / "report"
+        done = run("evaluate", service, *scored(MODELS, output, report), *PACKAGE)
+        assert done.returncode == 0, done.stderr
+        refused = [request for request, kind in proxy.seen if kind]
+        served = [request for request, kind in proxy.seen if not kind]
+    assert refused == []
+    assert {request.method for request in served} == {"GET", "POST", "DELETE"}
+    assert_equal(files_of(output), files_of(local))
+    assert_equal(files_of(report), models[0])
+
+
+def test_nor_before_a_job_goes_to_the_real_service(monkeypatch):
+    """Of which Beam would ask more than of a stand-in, as it makes a graph."""
+    import apache_beam as beam
+
+    given = (*arguments(SimpleNamespace(endpoint="-"), *IMAGE),)
+    options = runners.beam_options([each for each in given if "endpoint" not in each])
+    assert options.get_all_options()["dataflow_endpoint"] == "https://dataflow.googleapis.com"
+    with ObjectsOnly(os.environ[VARIABLE], seed=0) as proxy:
+        monkeypatch.setenv(VARIABLE, proxy.address)
+        runners._built(options, lambda pipeline: pipeline | beam.Create([1]))
+        assert proxy.seen == []
 
 
 def test_dry_run_of_an_evaluation(whole, service, models, output):

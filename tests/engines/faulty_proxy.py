@@ -33,6 +33,7 @@ RESET = "reset"  # before anything is passed on
 LOST = "lost answer"  # to a request that the server has done
 CUT_UPLOAD = "cut upload"  # half of it reaches the server, or nothing
 CUT_DOWNLOAD = "cut download"  # half of the answer reaches the client, and a neat end
+FORBIDDEN = "403"  # never by chance
 KINDS = (UNAVAILABLE, TOO_MANY, RESET, LOST, CUT_UPLOAD, CUT_DOWNLOAD)
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 NAME_BYTES = 2000  # of an upload's body, where its metadata names the object
@@ -173,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = body[:NAME_BYTES].decode(errors="replace") if self.command == "POST" else ""
         request = Request(self.command, unquote(f"{self.path} {start}"))
         kind, way = proxy.draw(request, has_body=bool(body))
-        if kind in (UNAVAILABLE, TOO_MANY):
+        if kind in (UNAVAILABLE, TOO_MANY, FORBIDDEN):
             self._refuse(int(kind))
         elif kind == RESET:
             self._reset()
@@ -228,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _refuse(self, status: int) -> None:
-        content = json.dumps({"error": {"code": status, "message": "by chance"}}).encode()
+        content = json.dumps({"error": {"code": status, "message": "by the proxy"}}).encode()
         self.send_response_only(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -2,7 +2,8 @@
 
 Where ``DIGITS_CACHE_DIR`` names a folder, what is brought down is kept there, under a name made of
 the names, sizes and checksums of its files: a changed folder has another name, equal ones share
-one, and what is found damaged is brought down anew. Else it goes away after use.
+one, and what is found damaged is brought down anew. Nothing of it is removed here, as another
+process may be reading it. Else it goes away after use.
 
 Synopsis::
 

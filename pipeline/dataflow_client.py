@@ -5,6 +5,7 @@ Loaded only where the cloud extra is installed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ class Client(Staging):
         for job in reversed(jobs[-NEWEST:]):
             get = functools.partial(self._get, note, job.id, whole=True)
             found = self._patiently(note, SUBMIT_SECONDS, get)
-            is_at_work = api.JobState(found.current_state).name not in ENDED
+            is_at_work = state_name(found.current_state) not in ENDED
             told_of = found.client_request_id
             if told_of == note.request_id or (is_at_work and not told_of):
                 return str(job.id)
@@ -138,14 +139,14 @@ class Client(Staging):
                 raise NoAnswerError(f"no {note}") from None
 
         job = self._patiently(note, PATIENCE_SECONDS, get)
-        return State(state=api.JobState(job.current_state).name, time=clock(job.current_state_time))
+        return State(state=state_name(job.current_state), time=clock(job.current_state_time))
 
     def state(self, note: Note, *, forgotten: str) -> str:
         """The name of a job's state; `forgotten` where the service knows no such job."""
 
         def get() -> str:
             try:
-                return str(api.JobState(self._get(note, note.job_id).current_state).name)
+                return state_name(self._get(note, note.job_id).current_state)
             except exceptions.NotFound:
                 return forgotten
 
@@ -205,7 +206,7 @@ class Client(Staging):
                 continue
             self._seen.add(each.id)
             self._since = max(self._since or each.time, each.time)
-            importance = api.JobMessageImportance(each.message_importance).name
+            importance = getattr(each.message_importance, "name", NOISE[-1])  # one it knows
             if importance not in NOISE:
                 yield Message(
                     time=clock(each.time),
@@ -246,6 +247,13 @@ class Client(Staging):
             log.warning("what %s counted is not known: %s", note, reason)
             found._cached_metrics = api.JobMetrics()
         return found
+
+
+def state_name(state: int) -> str:
+    """The name of a state; one that this client does not know yet is no end."""
+    with contextlib.suppress(ValueError):
+        return str(api.JobState(state).name)
+    return str(api.JobState.JOB_STATE_UNKNOWN.name)
 
 
 def clock(time: Any) -> str:

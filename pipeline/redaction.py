@@ -6,9 +6,13 @@ import re
 
 MAX_TEXT = 400  # characters of what a service says
 
-# Should a server or a proxy repeat it: tokens, keys, signed claims.
+# Should a server or a proxy repeat it: tokens, passwords, keys, signed claims and addresses.
 SECRETS = re.compile(
-    r"(?i:bearer\s+|token[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
+    r"(?P<kept>(?i:authorization[\"']?\s*[:=]\s*[\"']?))(?!\(left out\))"
+    r"(?i:(?:basic|bearer|digest)\s+)?[^\s\"',;]+"
+    r"|(?i:bearer\s+|(?:token|passw(?:or)?d|secret|api_?key|signature)[\"']?\s*[:=]\s*[\"']?)"
+    r"[^\s\"',;&]+"
+    r"|(?<=://)[^\s/@]+(?=@)"
     r"|ya29\.[\w.-]+|AIza[\w-]+|eyJ[\w-]+\.[\w.-]+"
     r"|-----BEGIN [A-Z ]+-----.*?(?:-----END [A-Z ]+-----|$)",
     re.DOTALL,
@@ -17,7 +21,7 @@ SECRETS = re.compile(
 
 def without_secrets(text: str) -> str:
     """A text with its secrets left out, its lines as they are."""
-    return SECRETS.sub("(left out)", text)
+    return SECRETS.sub(lambda found: f"{found['kept'] or ''}(left out)", text)
 
 
 def one_line(text: str) -> str:

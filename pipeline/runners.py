@@ -103,10 +103,14 @@ def parse_known_args(
 
 def is_dataflow(arguments: Sequence[str]) -> bool:
     """Whether a job is submitted to Dataflow; told without Beam."""
+    return _runner_of(arguments) in ("dataflow", "dataflowrunner")
+
+
+def _runner_of(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--runner", nargs="?")
     name = parser.parse_known_args(list(arguments))[0].runner or ""
-    return name.rpartition(".")[2].lower() in ("dataflow", "dataflowrunner")
+    return name.rpartition(".")[2].lower()
 
 
 def require_complete(arguments: Sequence[str], places: Iterable[tuple[str, str]]) -> None:
@@ -145,6 +149,8 @@ def beam_options(arguments: Sequence[str]) -> PipelineOptions:
         InputError: Beam does not know an option either, or refuses its value, or the runner is
             not installed.
     """
+    if _runner_of(arguments) == "testdataflowrunner":  # it would skip all that is checked here
+        raise InputError(f"--runner TestDataflowRunner: is for Beam's own tests; try {DATAFLOW}")
     if is_dataflow(arguments):
         _require_extra()
     from apache_beam.options import pipeline_options

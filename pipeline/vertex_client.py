@@ -114,10 +114,12 @@ class Service:
 
 def as_job(job: Any) -> Job:
     """A `CustomJob` message as ours."""
+    # A state that this client does not know yet is a mere number, and no end.
+    state = getattr(job.state, "name", "JOB_STATE_UNSPECIFIED")
     return Job(
         name=job.name,
         display_name=job.display_name,
-        state=job.state.name.removeprefix("JOB_STATE_"),
+        state=state.removeprefix("JOB_STATE_"),
         attempt=job.labels.get(ATTEMPT_LABEL, ""),
         created=job.create_time or datetime.datetime.now(datetime.UTC),
         error=one_line(job.error.message),

@@ -170,9 +170,7 @@ def test_the_image_holds_the_job_and_little_else(image):
     assert image.run(["pip", "check"]).stdout == "No broken requirements found.\n"
     listed = json.loads(image.run(["pip", "list", "--format=json"]).stdout)
     versions = {plain(package["name"]): package["version"] for package in listed}
-    lock = (helpers.ROOT / "constraints.txt").read_text()
-    found = re.findall(r"^([\w.-]+)==(\S+)$", lock, re.MULTILINE)
-    pinned = {plain(name): version for name, version in found}
+    pinned = pins()
     loose = {name for name in versions if versions[name] != pinned.get(name)}
     assert loose == {"pip", "digits-pipeline"}
     assert not {"pytest", "mypy", "ruff", "jax", "build"} & versions.keys()
@@ -181,15 +179,26 @@ def test_the_image_holds_the_job_and_little_else(image):
 
 
 @pytest_cloud
-def test_the_gpu_variant_resolves(image):
-    """Nothing is downloaded but what says which versions go together."""
+def test_the_gpu_variant_resolves_to_the_pinned_versions(image):
+    """Nothing is downloaded but what says which versions go together, and that there are such."""
     done = image.run(
         ["pip", "install", "--dry-run", "--quiet", "--report=-", "--constraint=constraints.txt",
          "--no-build-isolation", "--ignore-installed", ".[report,cloud,gpu]"],
         cwd=helpers.ROOT,
     )  # fmt: skip
-    names = {part["metadata"]["name"] for part in json.loads(done.stdout)["install"]}
-    assert {"tensorflow", "nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= names
+    found = [part["metadata"] for part in json.loads(done.stdout)["install"]]
+    versions = {plain(each["name"]): each["version"] for each in found}
+    assert {"tensorflow", "nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= versions.keys()
+    pinned = pins()
+    loose = {name for name in versions if versions[name] != pinned.get(name)}
+    assert loose == {"digits-pipeline"}
+
+
+def pins():
+    """{package: version} of constraints.txt."""
+    lock = (helpers.ROOT / "constraints.txt").read_text()
+    found = re.findall(r"^([\w.-]+)==(\S+)$", lock, re.MULTILINE)
+    return {plain(name): version for name, version in found}
 
 
 def plain(name):

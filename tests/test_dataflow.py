@@ -223,6 +223,15 @@ def test_which_runner_is_dataflow(arguments, expected):
     assert runners.is_dataflow(arguments) is expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["TestDataflowRunner", "apache_beam.runners.dataflow.test_dataflow_runner.TestDataflowRunner"],
+)
+def test_the_runner_of_beams_own_tests_is_refused(name):
+    with pytest.raises(InputError, match="TestDataflowRunner: is for Beam's own tests; try Data"):
+        runners.require_complete([f"--runner={name}"], [])
+
+
 def test_a_job_is_named_by_its_output():
     def name(output):
         return dataflow.job_name(runners.Work(stage="preprocess", output=output))

@@ -212,3 +212,16 @@ def test_a_job_that_was_just_made_may_not_be_known_yet(service, client):
     service._handle = known_later
     assert client.get(NOTE).state == "JOB_STATE_RUNNING"
     assert verbs(service) == ["GET", "GET"]
+
+
+def test_a_state_that_is_not_known_yet_is_no_end(service, client, monkeypatch, caplog):
+    from google.cloud import dataflow as api
+
+    submit(service, "RUNNING")
+    states = [api.Job(current_state=number) for number in (99, api.JobState.JOB_STATE_DONE)]
+    monkeypatch.setattr(client._jobs_client, "get_job", lambda **_: states.pop(0))
+    with caplog.at_level(logging.INFO, "digits_pipeline"):
+        assert dataflow_follow.follow(client, NOTE)[0] == dataflow_follow.DONE
+    assert f"-  {NOTE} is unknown" in caplog.messages
+    states.append(api.Job(current_state=99))
+    assert client.state(NOTE, forgotten="") == "JOB_STATE_UNKNOWN"

@@ -17,7 +17,7 @@ import pytest
 from pipeline import vertex_checks, vertex_follow, vertex_job, vertex_options
 from pipeline.command import UNREACHABLE, InputError, UnreachableError
 from pipeline.services import RefusedError
-from pipeline.vertex_client import JobError, Service
+from pipeline.vertex_client import JobError, Service, as_job
 from pipeline.vertex_job import Task
 from pipeline.vertex_options import VertexConfig
 
@@ -547,3 +547,10 @@ def test_what_the_service_repeats_of_a_token_is_left_out(service):
         finish(service)
     assert SECRET not in str(caught.value)
     assert "invalid credentials: Authorization: (left out)" in str(caught.value)
+
+
+def test_a_state_that_is_not_known_yet_is_no_end():
+    from google.cloud.aiplatform_v1.types import CustomJob
+
+    job = as_job(CustomJob(name="n", state=99))
+    assert (job.state, job.is_over) == ("UNSPECIFIED", False)

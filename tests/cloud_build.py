@@ -134,7 +134,7 @@ class Machine:
         self._path = f"{tools}:{os.environ['PATH']}"
 
     def check_out(self):
-        """A fresh workspace: the repository's files, and an environment that `make setup` made."""
+        """A fresh workspace: the files, and an environment in which all is installed."""
         shutil.rmtree(self.workspace, ignore_errors=True)
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -147,7 +147,15 @@ class Machine:
         venv = self.workspace / ".venv"
         venv.mkdir()
         for path in Path(sys.prefix).iterdir():
-            (venv / path.name).symlink_to(path)
+            if path.name != "bin":
+                (venv / path.name).symlink_to(path)
+        (venv / "bin").mkdir()
+        for path in (Path(sys.prefix) / "bin").iterdir():
+            (venv / "bin" / path.name).symlink_to(path)
+        pip = venv / "bin/pip"  # which would put a copy of the files in that environment
+        pip.unlink(missing_ok=True)
+        pip.write_text("#!/bin/sh\n")
+        pip.chmod(0o755)
         (venv / ".installed").unlink(missing_ok=True)
         (venv / ".installed").touch()  # after the copies, so that make installs nothing
 
@@ -164,7 +172,7 @@ class Machine:
                 self.workspace,
                 home,
             )
-        assert name in ("python:3.11", "gcr.io/cloud-builders/docker")
+        assert name in ("python:3.11", "golang:1.26", "gcr.io/cloud-builders/docker")
         own = {"PATH": self._path, "DOCKER_STAND_IN": str(self.images)}
         return Container(host | self.environment | own, self.workspace)
 

@@ -1,7 +1,7 @@
 """Stands in for the program `docker`, as far as cloudbuild.yaml uses it: images are mere names.
 
 A folder is the registry, and the machine's own images: DOCKER_STAND_IN names it. What it is asked
-for is written to ``asked`` there.
+for is written to ``asked`` there; what it is to refuse with is read from ``refusal``.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main(arguments):
         asked.write(json.dumps(arguments) + "\n")
     match arguments:
         case ["manifest", "inspect", name]:
-            return 0 if name in _read(folder / "pushed") else 1
+            return _inspect(folder, name)
         case ["build", *rest]:
             return _build(folder, rest)
         case ["push", "--all-tags", name]:
@@ -27,6 +27,16 @@ def main(arguments):
             _add(folder / "pushed", images)
             return 0 if images else 1
     return 125
+
+
+def _inspect(folder, name):
+    if refusal := _read(folder / "refusal"):
+        print(*refusal, file=sys.stderr)
+        return 1
+    if name in _read(folder / "pushed"):
+        return 0
+    print(f"no such manifest: {name}", file=sys.stderr)
+    return 1
 
 
 def _build(folder, arguments):

@@ -11,6 +11,7 @@ import helpers
 import pytest
 
 from pipeline import (
+    chain,
     dataflow,
     dataflow_options,
     registry,
@@ -77,7 +78,7 @@ PARSERS = {"pipeline.registry": registry.parse, "pipeline.retrain": accept_retra
 
 def test_blocks_are_found():
     assert len(SHELL) == PAGE.count("\n```sh\n") > 10
-    assert len(FILES) == 3
+    assert len(FILES) == 4
     assert {language for language, _ in BLOCKS} == {"sh", "json", "python"}
 
 
@@ -214,6 +215,33 @@ def test_cloud_monitoring_knows_every_field_of_the_alert():
     message = json_format.ParseDict(FILES[2], AlertPolicy.pb(AlertPolicy()))
     assert message.conditions[0].condition_matched_log.filter.startswith("(resource.type=")
     assert message.alert_strategy.notification_rate_limit.period.seconds == 3600
+
+
+@pytest.mark.cloud
+def test_cloud_monitoring_knows_every_field_of_the_alert_on_silence():
+    if "CI" not in os.environ:
+        pytest.importorskip("google.cloud.monitoring_v3", reason="needs the cloud extra")
+    from google.cloud.monitoring_v3 import AlertPolicy
+    from google.protobuf import json_format
+
+    message = json_format.ParseDict(FILES[3], AlertPolicy.pb(AlertPolicy()))
+    absent = message.conditions[0].condition_absent
+    (period,) = [each.alignment_period.seconds for each in absent.aggregations]
+    assert 24 * 3600 < period <= 25 * 3600  # a night is not as long as the other; 25 is the most
+    assert 0 < absent.duration.seconds <= 23.5 * 3600
+
+
+def test_the_metric_counts_what_a_retrain_says_in_the_end(tmp_path, capsys):
+    (name,) = re.findall(r"user/(\w+)", FILES[3]["conditions"][0]["conditionAbsent"]["filter"])
+    (line,) = [words for text in SHELL for words in commands(text) if name in words]
+    assert line[:5] == ["gcloud", "logging", "metrics", "create", name]
+    (pattern,) = re.findall(r'textPayload=~"(.*)"$', line[-1])
+    champion = registry.Version(
+        version=12, path="models/12", model_id="m", weights_sha256="w", dataset_id="d",
+        run_id="day-core-0", accuracy=0.9, class_names=["0"], sources=["digits"],
+    )  # fmt: skip
+    chain.show_outcome(tmp_path, champion)
+    assert re.search(pattern, f'Step #7 - "retrain": {capsys.readouterr().out}')
 
 
 def test_links_lead_somewhere():

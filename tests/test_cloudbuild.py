@@ -26,6 +26,7 @@ STEPS = {step["id"]: step for step in BUILD["steps"]}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SERVERS = {"PROJECT_ID": "my-project-1", "COMMIT_SHA": COMMIT}
 VALUES = BUILD["substitutions"] | SERVERS
+FEW = "tests/test_command.py tests/test_dataflow_client.py"  # tests, some of them of the cloud
 IMAGE = "us-central1-docker.pkg.dev/my-project-1/digits/digits-pipeline"
 
 
@@ -53,7 +54,7 @@ def test_defaults_make_sense():
 
 
 def test_every_step_has_a_name_a_place_and_an_end():
-    assert len(STEPS) == len(BUILD["steps"]) == 6
+    assert len(STEPS) == len(BUILD["steps"]) == 8
     order = [step["id"] for step in cloud_build.in_order(BUILD["steps"])]
     assert order == list(STEPS)
     longest = {}
@@ -62,7 +63,8 @@ def test_every_step_has_a_name_a_place_and_an_end():
         before = max((longest[wait] for wait in waits), default=0)
         longest[name] = before + cloud_build.seconds(STEPS[name]["timeout"])
     assert max(longest.values()) <= cloud_build.seconds(BUILD["timeout"]) <= 24 * 3600
-    assert set(STEPS["push"]["waitFor"]) == {"test", "build"}  # what did not pass has no image
+    assert set(STEPS["push"]["waitFor"]) == {"cloud", "build"}  # what did not pass has no image
+    assert set(STEPS["cloud"]["waitFor"]) == {"test", "emulator"}
     assert STEPS["retrain"]["waitFor"] == ["push"]
 
 
@@ -111,6 +113,44 @@ def test_substitution_as_cloud_build_does_it():
     assert cloud_build.names_in(["$_A", {"x": "$$_B ${PROJECT_ID}"}]) == {"_A", "PROJECT_ID"}
     with pytest.raises(KeyError):
         cloud_build.substitute("$_C", values)
+
+
+def found(folder, *, refusal="", pushed=""):
+    """Looks for the image: the process as it ended, and whether it is taken for found."""
+    machine = cloud_build.Machine(folder, None, "-", {})
+    machine.workspace.mkdir()
+    (machine.images / "refusal").write_text(refusal)
+    (machine.images / "pushed").write_text(pushed)
+    step = cloud_build.substitute(STEPS["find"], VALUES)
+    done = cloud_build.run(step, machine.container(step["name"]))
+    return done, (machine.workspace / "image.found").exists()
+
+
+def test_an_image_that_is_there_is_found_and_one_that_is_not_is_made(tmp_path):
+    for name, pushed in (("there", f"{IMAGE}:{COMMIT}\n"), ("other", f"{IMAGE}:{COMMIT}0\n")):
+        (tmp_path / name).mkdir()
+        done, is_found = found(tmp_path / name, pushed=pushed)
+        assert (done.returncode, done.stderr, is_found) == (0, "", name == "there")
+
+
+def test_another_way_of_saying_that_there_is_no_image(tmp_path):
+    done, is_found = found(tmp_path, refusal="manifest unknown: Failed to fetch")
+    assert (done.returncode, is_found) == (0, False)
+
+
+@pytest.mark.parametrize("said", ["denied: Permission denied", 'name unknown: "digits" not found'])
+def test_a_registry_that_refuses_fails_the_build(said, tmp_path):
+    done, is_found = found(tmp_path, refusal=said, pushed=f"{IMAGE}:{COMMIT}\n")
+    assert (done.returncode, done.stderr, is_found) == (1, f"{said}\n", False)
+    assert cloud_build.fails_the_build(STEPS["find"], done.returncode)
+
+
+def test_the_emulator_is_the_pinned_one_and_where_it_is_looked_for():
+    import install
+
+    version = install.EMULATOR_MODULE.rpartition("@")[2]
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", version)
+    assert install.EMULATOR.parent == helpers.ROOT / ".engines"
 
 
 # What it does
@@ -263,9 +303,7 @@ def cloud(image, tmp_path_factory):
             f" --vertex_endpoint {vertex.url} --vertex_poll_seconds 0.1"
         )
         # Of the tests a few; all the rest of the step is the file's.
-        machine = cloud_build.Machine(
-            folder, image, f"{IMAGE}:{COMMIT}", {"PYTEST_ADDOPTS": "tests/test_command.py"}
-        )
+        machine = cloud_build.Machine(folder, image, f"{IMAGE}:{COMMIT}", {"PYTEST_ADDOPTS": FEW})
         yield machine, (dataflow, vertex), {"_FLAGS": flags, "_SOURCE": f"idx:gs://{bucket}/idx"}
 
 
@@ -284,7 +322,8 @@ def test_the_steps_one_after_another(cloud):
     machine, (dataflow, vertex), values = cloud
     done = machine.build(BUILD, VALUES | values)
     assert codes(done) == dict.fromkeys(STEPS, 0), told(done)
-    assert "passed" in done["test"].stdout
+    assert all("passed" in done[name].stdout for name in ("test", "cloud"))
+    assert (machine.workspace / ".engines/fake-gcs-server").is_file()
     assert "All checks passed!" in done["lint"].stdout
     inspect, build, push = machine.asked()
     assert inspect == ["manifest", "inspect", f"{IMAGE}:{COMMIT}"]
@@ -306,7 +345,7 @@ def test_the_same_commit_again_makes_nothing(cloud):
     done = machine.build(BUILD, VALUES | values)
     assert codes(done) == dict.fromkeys(STEPS, 0), told(done)
     assert machine.asked() == [["manifest", "inspect", f"{IMAGE}:{COMMIT}"]]
-    assert [done[name].stdout for name in ("lint", "test", "build", "push")] == [""] * 4
+    assert [done[name].stdout for name in list(STEPS)[:-1]] == [""] * 7
     assert "nothing new" in done["retrain"].stderr
     assert (len(dataflow.jobs), len(vertex.jobs)) == (2, 1)
 

@@ -8,7 +8,8 @@ or was not renewed in time. One of them comes before every change of what is pub
 asks before each of its steps, whose removals state the generation that was found.
 
 ``DIGITS_LEASE_SECONDS`` of the environment names another time than `LAPSE_SECONDS`; the chain's
-stages see the same.
+stages see the same. It is at least 6, for a renewal in a second: Cloud Storage takes one change of
+an object in a second, and answers 429, after which the client waits, to more for long.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ HEARTBEAT_SECONDS = 10.0
 LAPSE_SECONDS = 60.0
 VARIABLE = "DIGITS_LEASE_SECONDS"
 BEATS = 6  # in the time that the variable names, as in the usual one
+LEAST_SECONDS = 6.0  # that it may name
 ATTEMPTS = 3
 
 
@@ -83,7 +85,7 @@ def times() -> tuple[float, float]:
     """Seconds from one renewal to the next, and until a lock lapses that is not renewed.
 
     Raises:
-        InputError: the environment says something else than a number of at least 1.
+        InputError: the environment says something else than a number of at least 6.
     """
     if not (text := os.environ.get(VARIABLE)):
         return HEARTBEAT_SECONDS, LAPSE_SECONDS
@@ -91,8 +93,10 @@ def times() -> tuple[float, float]:
         lapse = float(text)
     except ValueError:
         lapse = 0.0
-    if not 1 <= lapse < float("inf"):
-        raise InputError(f"{VARIABLE} {text}: expected a number of seconds of at least 1")
+    if not LEAST_SECONDS <= lapse < float("inf"):
+        raise InputError(
+            f"{VARIABLE} {text}: expected a number of seconds of at least {LEAST_SECONDS:g}"
+        )
     return lapse / BEATS, lapse
 
 

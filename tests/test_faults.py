@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import sys
+import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from faulty_proxy import CUT_UPLOAD, KINDS, FaultyProxy, is_possible
 from pipeline import gcs, gcs_client, registry
 from pipeline.command import InputError
 from pipeline.gcs import ChangedError, GcsPath
+from trainer import checkpoints
 
 pytestmark = [pytest.mark.cloud, pytest.mark.campaign]
 
@@ -99,10 +102,119 @@ def show(name, proxy):
     print(text, flush=True)
 
 
+# What others see meanwhile
+
+
+def read_checkpoint(content):
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        checkpoints.read(Path(file.name))
+
+
+def read_lines(content):
+    assert content[-1:] in (b"", b"\n")
+    for line in content.splitlines():
+        json.loads(line)
+
+
+def read_page(content):
+    assert content[:15].lower() == b"<!doctype html>" and content.rstrip().endswith(b"</html>")
+
+
+# By the ends of their names, of what differs from run to run: what fails where one is not whole.
+READ = {".json": json.loads, ".jsonl": read_lines, ".html": read_page, ".ckpt": read_checkpoint}
+# What names a folder; where it stands, all of the folder does.
+NAMING = ("manifest.json", "export/model.json", "report/report.json", "models/1/version.json",
+          "models/champion.json")  # fmt: skip
+
+
+class Watch(threading.Thread):
+    """Another one who looks into a root all the time, past the proxy.
+
+    Attributes:
+        seen: (name, generation) of all that was looked at.
+        wrong: what was not whole.
+    """
+
+    def __init__(self, root, undisturbed):
+        super().__init__(daemon=True)
+        self.seen, self.wrong = set(), []
+        self._root, self._undisturbed = root, undisturbed
+        self._ending = threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ending.set()
+        self.join()
+        self.look()  # and once in the end
+
+    def run(self):
+        while not self._ending.wait(0.1):
+            self.look()
+
+    def look(self):
+        listing = {
+            f"root/{name}": stat
+            for name, stat in self._root.walk().items()
+            if not any(part.startswith(".") for part in name.split("/"))
+        }
+        for name in NAMING:
+            self._look_at_folders(name, listing)
+        for name, stat in listing.items():
+            if (name, stat.generation) not in self.seen:
+                self.seen.add((name, stat.generation))
+                self._look_at(name)
+
+    def _look_at_folders(self, naming, listing):
+        """Whether in one and the same moment all is there that what names a folder speaks of."""
+        for name in listing:
+            if name.endswith(f"/{naming}"):
+                folder = f"{name.rpartition('/')[0]}/"
+                expected = {each for each in self._undisturbed if each.startswith(folder)}
+                if missing := expected - listing.keys():
+                    self.wrong.append((name, sorted(missing)))
+
+    def _look_at(self, name):
+        try:
+            content = (self._root.parent / name).read_bytes()
+        except FileNotFoundError:  # removed since
+            return
+        try:
+            if not name.endswith(TIMED) and "events.out" not in name:
+                assert content == self._undisturbed[name]
+            for ending, read in READ.items():
+                if name.endswith(ending):
+                    read(content)
+        except Exception as error:
+            self.wrong.append((name, len(content), repr(error)))
+
+
+def test_what_is_not_whole_is_seen(undisturbed):
+    root = root_of("seen")
+    for name in ("datasets/d/manifest.json", "models/champion.json", "runs.jsonl", "a/b.ckpt"):
+        (root / name).write_bytes(b'{"half": ')
+    (root / "datasets/d/.manifest.json.incomplete/x.json").write_bytes(b"no final name")
+    named = "root/models/1/version.json"
+    (root.parent / named).write_bytes(undisturbed[named])
+    with Watch(root, undisturbed) as watch:
+        pass
+    wrong = {each[0] for each in watch.wrong}
+    assert wrong == {
+        "root/datasets/d/manifest.json", "root/models/champion.json", "root/runs.jsonl",
+        "root/a/b.ckpt", named,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_in_the_end(seed, undisturbed):
     root = root_of(f"seed-{seed}")
-    with FaultyProxy(os.environ[emulator.VARIABLE], seed=seed) as proxy:
+    with (
+        FaultyProxy(os.environ[emulator.VARIABLE], seed=seed) as proxy,
+        Watch(root, undisturbed) as watch,
+    ):
         done = retrain(root, STORAGE_EMULATOR_HOST=proxy.address, DIGITS_LEASE_SECONDS="12")
         show(f"seed {seed}", proxy)
         assert done.returncode == 0, done.stderr
@@ -113,6 +225,9 @@ def test_the_same_in_the_end(seed, undisturbed):
         uploads = [r.target for r, _ in proxy.seen if r.method != "GET" and "upload" in r.target]
         for part in ("checkpoints/step-", "tensorboard/events", "root/.lock", "models/1/"):
             assert [target for target in uploads if part in target] != [], part
+    assert watch.wrong == [], watch.wrong
+    assert len(watch.seen) > len(undisturbed) / 2
+    assert any(name.endswith(".ckpt") for name, _ in watch.seen)
     assert_the_same(root, undisturbed)
 
 

@@ -7,9 +7,11 @@ test_trainer_gcs.py.
 
 import datetime
 import io
+import itertools
 import json
 import os
 import threading
+import time
 
 import memory_bucket
 import numpy as np
@@ -21,7 +23,7 @@ from memory_bucket import KilledError
 from pipeline import gcs, gcs_publish, leases, storage
 from pipeline.command import FailedError, InputError, LockedError
 from pipeline.gcs import GcsPath
-from trainer import data, job, loop, run_folder
+from trainer import data, job, loop, run_folder, uploads
 from trainer.checkpoints import Checkpoints
 from trainer.mirror import Mirror
 from trainer.uploads import Background
@@ -40,6 +42,7 @@ def bucket(monkeypatch):
     monkeypatch.setattr(gcs_publish, "AT_ONCE", 1)  # so that the order of changes is one
     monkeypatch.setattr(loop, "VALIDATION_STEPS_PER_CALL", 1)
     monkeypatch.setattr(job, "_read", lambda *_: "read")
+    monkeypatch.setattr(uploads, "PACE_SECONDS", 0)  # the bucket here takes all at once
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands; what counts is elsewhere
     return memory
 
@@ -478,6 +481,19 @@ def test_model_that_a_process_may_still_be_publishing_is_left_to_it(bucket, whol
 
 
 # The thread
+
+
+def test_an_object_is_not_written_more_often_than_a_bucket_takes_it(monkeypatch):
+    assert uploads.PACE_SECONDS >= 1  # of Cloud Storage
+    monkeypatch.setattr(uploads, "PACE_SECONDS", 0.05)
+    began = []
+    background = Background(lambda: began.append(time.monotonic()))
+    for _ in range(5):
+        background.ask()
+        background.wait(WAIT)
+    background.close()
+    assert len(began) == 5
+    assert min(later - one for one, later in itertools.pairwise(began)) > 0.04
 
 
 def test_asked_while_at_work_it_does_it_once_more():

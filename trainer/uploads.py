@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.gcs import GcsPath, Stat
+
+# From one beginning to the next: Cloud Storage takes one change of an object in a second.
+PACE_SECONDS = 1.0
 
 # A file, and the object that it is to become.
 Pair = tuple[Path, GcsPath]
@@ -16,8 +20,8 @@ Pair = tuple[Path, GcsPath]
 class Background:
     """Does one thing again whenever it is asked to, in a thread; nobody waits for it.
 
-    Asked several times while it is at work, it does it once more. An error ends it, and is
-    raised where it is next asked or waited for.
+    Asked several times while it is at work, it does it once more, `PACE_SECONDS` after it last
+    began. An error ends it, and is raised where it is next asked or waited for.
     """
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -55,9 +59,13 @@ class Background:
             raise self._error
 
     def _work(self) -> None:
+        next_at = 0.0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._asked > self._done or self._closed)
+            time.sleep(max(0.0, next_at - time.monotonic()))
+            next_at = time.monotonic() + PACE_SECONDS
+            with self._changed:
                 if self._closed:
                     return
                 asked = self._asked

@@ -77,7 +77,15 @@ def by_the_gate(promote_if: str) -> Rule:
 
     def promotes(report: dict[str, Any]) -> bool:
         names = [row["name"] for row in report["per_class"]]
-        checks = gate.judge(report, rules, class_names=names, leaked=0, champion_classes=names)
+        checks = gate.judge(
+            report,
+            rules,
+            class_names=names,
+            leaked=0,
+            inherited=gate.Inherited(),
+            was_left=False,
+            champion_classes=names,
+        )
         return all(check.passed for check in checks)
 
     return promotes

@@ -1,36 +1,42 @@
-"""What a warm start has learned from: images that stand in test where it is judged.
+"""What a model has learned from before its own dataset: images of the test that judges it.
 
-No manifest shows them: they stood in train of another dataset, which the starting model, or one
-that it began from, was trained on. ``model.json`` names all of these datasets; those that the root
-still holds are asked for the ids of their records.
+No manifest shows them: they stood in train of another dataset, which the model that it began
+from, or one before that, was trained on. ``model.json`` names all of these datasets; those that
+the root still holds are asked for the ids of their records. Of the others nothing is known, and
+what is not known counts like an image that was found.
+
+It is asked twice. Before a warm start, which then begins with new weights; and of every model
+before it is judged, whatever it began from.
 
 Synopsis::
 
     # None: from new weights.
     start = starting_model(root, run_dir, "models/3", dataset_dir, manifest)
+    found = inherited(root, run_dir, dataset_dir, manifest)
     decision = told(decision, run_dir)
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from pipeline import plan, storage, tables
-from pipeline.command import InputError, log
+from pipeline import gate, plan, storage, tables
+from pipeline.command import InputError, UnreachableError, log
 from pipeline.dataset import SPLITS, Manifest, load_manifest
+from pipeline.gate import Inherited
 from pipeline.matching import HASH
-from pipeline.models import MODEL_FILE
+from pipeline.models import MODEL_FILE, learned_from
 from pipeline.plan import DATASETS
 from pipeline.storage import Place
+from pipeline.trainers import EXPORTED
 
 NOTE_FILE = "warm_start.json"
-NAMED = 3  # datasets in a sentence
-UNNAMED = "those that its description does not name"
+COVERED = {"train", "validation"}  # of its own dataset, whose manifest counts such images
 
 
 def starting_model(
@@ -52,11 +58,13 @@ def starting_model(
         return None
     note = read_note(run_dir)
     if note is None:
-        note = examine(root, start, dataset_dir, manifest)
+        learned = learned_from(root / start / MODEL_FILE)
+        found = examine(root, learned, dataset_dir, manifest)
+        note = {"model": start} | dataclasses.asdict(found)
         storage.write_atomic(run_dir / NOTE_FILE, json.dumps(note, indent=2) + "\n")
         if (said := in_words(note)) is not None:
             log.warning("%s", said)
-    return None if note["images"] else root / start
+    return root / start if in_words(note) is None else None
 
 
 def read_note(run_dir: Place) -> dict[str, Any] | None:
@@ -72,33 +80,53 @@ def told(decision: dict[str, Any], run_dir: Place) -> dict[str, Any]:
     return decision | {"reason": reason, "warm_start": note}
 
 
-def in_words(note: dict[str, Any]) -> str | None:
-    """What there is to be said of a warm start, if anything."""
+def in_words(note: Mapping[str, Any]) -> str | None:
+    """Why a warm start begins with new weights, if it does."""
+    begins = "trained from new weights:"
     if note["images"]:
-        return (
-            f"trained from new weights: {note['model']} has learned from {note['images']} of the"
-            " images of test"
-        )
+        return f"{begins} {note['model']} has learned from {note['images']} of the images of test"
     if note["unknown"]:
+        named = gate.listed(note["unknown"])
         return (
-            f"whether {note['model']} has learned from images of test is not known of all datasets"
-            f" that it was trained on: {_listed(note['unknown'])} cannot be read"
+            f"{begins} whether {note['model']} has learned from images of test is not known of all"
+            f" datasets that it was trained on: {named} cannot be read"
         )
     return None
 
 
-def _listed(names: Sequence[str]) -> str:
-    """The first few of many names, and how many there are."""
-    shown = ", ".join(names[:NAMED])
-    return shown if len(names) <= NAMED else f"{len(names)} of them ({shown}, ...)"
+def inherited(root: Place, run_dir: Place, dataset_dir: Place, manifest: Manifest) -> Inherited:
+    """What the model of a run has learned from before its own dataset.
 
-
-def examine(root: Place, start: str, dataset_dir: Place, manifest: Manifest) -> dict[str, Any]:
-    """Counts the images of test that a model has learned from; the content of `NOTE_FILE`.
+    What was found for a warm start is not asked again: its datasets may be gone by now.
 
     Args:
         root: the root.
-        start: the model, relative to it.
+        run_dir: the run's folder, with the exported model.
+        dataset_dir: whose test judges it.
+        manifest: of that.
+
+    Raises:
+        InputError: the files of test are not what the manifest says.
+    """
+    learned = learned_from(run_dir / EXPORTED)
+    if (own := learned.pop(manifest.dataset_id, set())) - COVERED:
+        learned[manifest.dataset_id] = own
+    note = read_note(run_dir)
+    asked = note["datasets"] if note is not None and not note["images"] else []
+    left = {name: splits for name, splits in learned.items() if name not in asked}
+    found = examine(root, left, dataset_dir, manifest) if left else Inherited()
+    known = tuple(name for name in learned if name not in found.unknown)
+    return dataclasses.replace(found, datasets=known)
+
+
+def examine(
+    root: Place, learned: Mapping[str, set[str]], dataset_dir: Place, manifest: Manifest
+) -> Inherited:
+    """Counts the images of test that stand in other datasets.
+
+    Args:
+        root: the root.
+        learned: splits by the ids of their datasets, as `models.learned_from` tells them.
         dataset_dir: whose test is meant.
         manifest: of that.
 
@@ -108,27 +136,18 @@ def examine(root: Place, start: str, dataset_dir: Place, manifest: Manifest) -> 
     images = np.unique(_hashes(dataset_dir, manifest, ["test"]))
     seen = np.zeros(len(images), bool)
     datasets = _datasets(root)
-    read, unknown = [], []
-    for dataset_id, splits in _learned_from(root / start / MODEL_FILE).items():
+    read: list[str] = []
+    unknown: list[str] = []
+    for dataset_id, splits in learned.items():
         try:
             folder, other = datasets[dataset_id]
             seen |= np.isin(images, _hashes(folder, other, splits))
-            read.append(dataset_id)
+            (read if splits else unknown).append(dataset_id)
+        except UnreachableError:  # which says nothing of the dataset
+            raise
         except (InputError, ValueError, KeyError):  # not whole, or not there any more
             unknown.append(dataset_id)
-    return {"model": start, "images": int(seen.sum()), "datasets": read, "unknown": unknown}
-
-
-def _learned_from(path: Place) -> dict[str, set[str]]:
-    """The splits that a model has learned from, by the ids of their datasets."""
-    found: dict[str, set[str]] = {}
-    try:
-        for entry in json.loads(path.read_text())["learned_from"]:
-            splits = found.setdefault(str(entry["dataset_id"] or UNNAMED), set())
-            splits |= {split for split in SPLITS if split in entry["splits"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        found[UNNAMED] = set()
-    return found
+    return Inherited(images=int(seen.sum()), datasets=tuple(read), unknown=tuple(unknown))
 
 
 def _datasets(root: Place) -> dict[str, tuple[Place, Manifest]]:
@@ -136,9 +155,13 @@ def _datasets(root: Place) -> dict[str, tuple[Place, Manifest]]:
     parent = root / DATASETS
     found: dict[str, tuple[Place, Manifest]] = {}
     for folder in parent.iterdir() if parent.is_dir() else ():
-        with contextlib.suppress(InputError):  # it is no dataset, or not whole
+        try:
             manifest = load_manifest(folder)
-            found.setdefault(manifest.dataset_id, (folder, manifest))
+        except UnreachableError:
+            raise
+        except InputError:  # it is no dataset, or not whole
+            continue
+        found.setdefault(manifest.dataset_id, (folder, manifest))
     return found
 
 
@@ -147,6 +170,7 @@ def _hashes(directory: Place, manifest: Manifest, splits: Iterable[str]) -> np.n
 
     Raises:
         InputError: a file is missing or is not what the manifest says.
+        KeyError: there is no such split.
         ValueError: an id is none.
     """
     parts = [np.empty(0, HASH)]

@@ -17,6 +17,8 @@ Synopsis::
         rules,
         class_names=manifest.class_names,
         leaked=leaked_images(manifest),
+        inherited=Inherited(),
+        was_left=False,
         champion_classes=None,
     )
     all(check.passed for check in checks)
@@ -36,6 +38,7 @@ from pipeline.rules import SIGNIFICANTLY_BETTER, Rules
 from pipeline.significance import holm_adjusted, p_value
 
 LEAD = "better than the champion by chance, p"
+NAMED = 3  # datasets in a sentence
 
 RELATIONS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     ">=": (operator.ge, "required"),
@@ -78,6 +81,27 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inherited:
+    """What a model has learned from before its own dataset, by the weights that it began from.
+
+    Attributes:
+        images: of test, that stand in what it has learned from.
+        datasets: the ids of those that were asked.
+        unknown: the ids of those that could not be asked.
+    """
+
+    images: int = 0
+    datasets: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of many names, and how many there are."""
+    shown = ", ".join(names[:NAMED])
+    return shown if len(names) <= NAMED else f"{len(names)} of them ({shown}, ...)"
+
+
 # The conditions
 
 
@@ -87,6 +111,8 @@ def judge(
     *,
     class_names: Sequence[str],
     leaked: int,
+    inherited: Inherited,
+    was_left: bool,
     champion_classes: Sequence[str] | None,
 ) -> list[Check]:
     """Lists the conditions of the gate with a report's values.
@@ -97,6 +123,8 @@ def judge(
         class_names: of the challenger's classes, by label; a report has them as they can be
             shown, and so different ones may look alike there.
         leaked: images of test that stand in train or validation too; see `leaked_images`.
+        inherited: what it has learned from before.
+        was_left: whether a rollback has led away from this very model; see `rollback.was_left`.
         champion_classes: names of the champion's classes, by label; None: there is no champion.
 
     Raises:
@@ -110,7 +138,15 @@ def judge(
             relation="<=",
             required=0,
             note="--drop_leaks leaves them out of both" if leaked else "",
-        )
+        ),
+        *_nothing_inherited(inherited),
+        Check(
+            check="rollbacks from this very model",
+            value=int(was_left),
+            relation="<=",
+            required=0,
+            note="pipeline.registry rollback --version V brings it back" if was_left else "",
+        ),
     ]
     if champion_classes is not None:
         checks.append(same_classes(class_names, champion_classes))
@@ -120,6 +156,30 @@ def judge(
     if report["baseline"] is not None:
         checks += _against_champion(report, rules)
     return checks
+
+
+def _nothing_inherited(inherited: Inherited) -> list[Check]:
+    """No image of test may have come in by the weights that a model began from.
+
+    What is not known counts like what was found: else a dataset that is gone would hide it.
+    """
+    unknown = inherited.unknown
+    return [
+        Check(
+            check="images of test in what it had learned from before",
+            value=inherited.images,
+            relation="<=",
+            required=0,
+            note="by the weights that it began from" if inherited.images else "",
+        ),
+        Check(
+            check="datasets that it had learned from before and that cannot be read",
+            value=len(unknown),
+            relation="<=",
+            required=0,
+            note=listed(unknown),
+        ),
+    ]
 
 
 def leaked_images(manifest: Manifest) -> int:

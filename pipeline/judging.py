@@ -11,8 +11,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import ancestry, decisions, gate, ledger, plan, registry, storage, trainers, versions
-from pipeline.command import InputError
+from pipeline import (
+    ancestry,
+    decisions,
+    gate,
+    ledger,
+    plan,
+    registry,
+    rollback,
+    storage,
+    trainers,
+    versions,
+)
+from pipeline.command import InputError, UnreachableError
 from pipeline.dataset import Manifest
 from pipeline.plan import DECISION_FILE, REPORT, Request
 from pipeline.registry import Version
@@ -42,35 +53,54 @@ def judge(
     """
     run_dir = plan.run_folder(root, request.run_id)
     champion = registry.champion(root)
-    made = _decided(run_dir, manifest)
+    model_id = (plan.read_json(run_dir / trainers.EXPORTED) or {}).get("model_id")
+    made = _decided(run_dir, model_id, manifest)
+    was_no = made is not None and not made["promoted"]
+    version = None if was_no else _published(root, request.run_id, model_id, champion)
     content = plan.read_json(run_dir / REPORT) if made is not None else None
-    if made is not None:
-        earlier = Verdict(decision=made, version=_published_for(root, made, champion))
-        carried_out = earlier.version is not None
-        if content is not None and (carried_out or _stands(made, request, champion)):
-            return earlier
+    stands = version is not None or (made is not None and _stands(made, request, champion))
+    if made is not None and content is not None and stands:
+        return Verdict(decision=made, version=version)
     compared = compared_with(manifest.class_names, champion)
     if content is None or not compares(content, compared):
         stages.run(*command_line(root, request, dataset_dir, compared))
         content = plan.read_json(run_dir / REPORT)
         if content is None:
             raise InputError(f"{run_dir / REPORT}: cannot be read; expected the report just made")
-    if made is not None and carried_out:
-        return earlier  # only its report was lost
-    decision = ancestry.told(decide(content, request, manifest, champion), run_dir)
+    if made is not None and version is not None:
+        return Verdict(decision=made, version=version)  # only its report was lost
+    decision = decide(
+        content,
+        request,
+        manifest,
+        champion,
+        inherited=ancestry.inherited(root, run_dir, dataset_dir, manifest),
+        was_left=rollback.was_left(ledger.read(root), champion, model_id),
+    )
+    if version is not None:
+        decision = _lost(decision, version)
+    decision = ancestry.told(decision, run_dir)
     stages.hold()
     storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
-    return Verdict(decision=decision)
+    return Verdict(decision=decision, version=version)
 
 
-def _decided(run_dir: Place, manifest: Manifest) -> dict[str, Any] | None:
+def _decided(run_dir: Place, model_id: str | None, manifest: Manifest) -> dict[str, Any] | None:
     """What was decided before, if it was on the model and the dataset that stand there now."""
     made = plan.read_json(run_dir / DECISION_FILE)
     if made is None:
         return None
-    model = plan.read_json(run_dir / trainers.EXPORTED) or {}
-    standing = (model.get("model_id"), manifest.dataset_id)
+    standing = (model_id, manifest.dataset_id)
     return made if (made.get("model_id"), made.get("dataset_id")) == standing else None
+
+
+def _lost(decision: dict[str, Any], version: Version) -> dict[str, Any]:
+    """A decision in place of one that was carried out, and then lost."""
+    was = f"was published as version {version.version}, by a decision that is lost"
+    return decision | {
+        "promoted": True,
+        "reason": f"{was}; against the present champion: {decision['reason']}",
+    }
 
 
 def command_line(
@@ -116,21 +146,25 @@ def _baseline_id(content: dict[str, Any]) -> str | None:
     return content["baseline"]["model_id"] if content["baseline"] is not None else None
 
 
-def _published_for(
-    root: Place, decision: dict[str, Any], champion: Version | None
+def _published(
+    root: Place, run_id: str, model_id: str | None, champion: Version | None
 ) -> Version | None:
-    """The version that a decision has led to, if it was carried out already.
+    """The version that the model of a run has become, if it was published already.
 
     Whoever is champion by now: a rollback after it is the operator's word, and stays.
     """
-    noted = decision.get("champion_version")
-    if not decision["promoted"] or noted is None or champion is None:
-        return None
-    for number in versions.numbers(root):
-        if noted < number <= champion.version:  # above the champion's: not published yet
+    for number in reversed(versions.numbers(root)):
+        if champion is None or number > champion.version:  # not published yet
+            continue
+        try:
             version = versions.load(root, number)
-            if version.run_id == decision["run_id"] and version.rolled_back_from is None:
-                return version
+        except UnreachableError:  # which says nothing of the version
+            raise
+        except InputError:  # it is damaged, or was pruned just now
+            continue
+        mine = (version.run_id, version.model_id) == (run_id, model_id)
+        if mine and version.rolled_back_from is None:
+            return version
     return None
 
 
@@ -161,6 +195,9 @@ def decide(
     request: Request,
     manifest: Manifest,
     champion: Version | None,
+    *,
+    inherited: gate.Inherited,
+    was_left: bool,
 ) -> dict[str, Any]:
     """Puts a report, the content of ``report.json``, before the gate; see `decisions.make`."""
     checks = gate.judge(
@@ -168,6 +205,8 @@ def decide(
         request.rules,
         class_names=manifest.class_names,
         leaked=gate.leaked_images(manifest),
+        inherited=inherited,
+        was_left=was_left,
         champion_classes=champion.class_names if champion else None,
     )
     made = decisions.make(
@@ -182,4 +221,5 @@ def decide(
     return made | {
         "champion_version": champion.version if champion else 0,
         "rules": dataclasses.asdict(request.rules),
+        "inherited": dataclasses.asdict(inherited),
     }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.command import InputError
+from pipeline.command import InputError, UnreachableError
 from pipeline.storage import Place
 
 MODEL_FILE = "model.json"
@@ -15,6 +15,7 @@ WEIGHTS_FILE = "variables/variables.index"
 CURVES_FILE = "metrics.jsonl"
 SIGNATURE = "serving_default"
 OUTPUT = "probabilities"
+UNNAMED = "those that its description does not name"
 
 
 def load_description(model_dir: Place) -> dict[str, Any]:
@@ -35,6 +36,22 @@ def load_description(model_dir: Place) -> dict[str, Any]:
         if not (model_dir / name).is_file():
             raise InputError(f"{model_dir}: no {name}; expected the export of a run")
     return description
+
+
+def learned_from(path: Place) -> dict[str, set[str]]:
+    """The splits that a model has learned from, by the ids of their datasets.
+
+    Where its ``model.json`` does not say so, `UNNAMED` stands for the datasets.
+    """
+    found: dict[str, set[str]] = {}
+    try:
+        for entry in json.loads(path.read_text())["learned_from"]:
+            found.setdefault(str(entry["dataset_id"] or UNNAMED), set()).update(entry["splits"])
+    except UnreachableError:  # which says nothing of the model
+        raise
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        found[UNNAMED] = set()
+    return found or {UNNAMED: set()}
 
 
 def load_curves(model_dir: Place) -> list[dict[str, Any]]:

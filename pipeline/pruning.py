@@ -6,6 +6,8 @@ The newest of each stay, and whatever is needed:
 
 - the version before the champion's: a reader may have followed the pointer just before it moved
 - the champion's version, run and dataset, and the version it is a copy of after a rollback
+- a dataset of each content that the champion has learned from: before a warm start from it they
+  are asked whether an image of test stands in one of them
 - every run that the ledger does not name, or that was begun anew after its last line there: it is
   not finished; and its dataset
 - every dataset that the ledger does not name
@@ -21,8 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline import ledger, storage
-from pipeline.command import InputError
+from pipeline.command import InputError, UnreachableError
 from pipeline.dataset import MANIFEST_NAME, load_manifest
+from pipeline.models import MODEL_FILE, learned_from
 from pipeline.plan import DATASETS, DECISION_FILE, REQUEST_FILE, RUNS, has_ended
 from pipeline.state import State, list_folders, look
 from pipeline.storage import Lock, Place
@@ -75,6 +78,9 @@ def plan(root: Place, keep: int) -> list[Removal]:
     needed = _datasets_of(state, unfinished, datasets)
     if current is not None:
         needed |= _of_champion(current, lines, datasets)
+        stay = needed | (datasets.keys() - set(old_datasets))
+        learned = learned_from(root / current.path / MODEL_FILE)
+        needed |= _newest_of(learned.keys() - _ids(stay, datasets), old_datasets, datasets)
     gone = [name for name in runs if name not in needed_runs]
     failed = [name for name in found if name not in gone and not state.has(name, DECISION_FILE)]
     starts = _starts_of(state, {*unfinished, *failed})
@@ -151,9 +157,12 @@ def _old(
 
 def _names(folder: Place) -> list[str]:
     """What a dataset is known as: its fingerprint, which is its folder's name, and its id."""
-    with contextlib.suppress(InputError):
+    try:
         return [folder.name, load_manifest(folder).dataset_id]
-    return [folder.name]
+    except UnreachableError:  # which says nothing of its id, and it may be needed
+        raise
+    except InputError:
+        return [folder.name]
 
 
 def _of_champion(
@@ -163,6 +172,19 @@ def _of_champion(
     stated = {str(line.get("fingerprint")) for line in lines if line["run_id"] == current.run_id}
     same = {name for name, aliases in datasets.items() if current.dataset_id in aliases}
     return stated & datasets.keys() or same
+
+
+def _ids(names: Iterable[str], datasets: Mapping[str, list[str]]) -> set[str]:
+    """All that some datasets are known as."""
+    return {alias for name in names for alias in datasets[name]}
+
+
+def _newest_of(
+    wanted: Iterable[str], old: Sequence[str], datasets: Mapping[str, list[str]]
+) -> set[str]:
+    """Of old datasets, the oldest first, the newest of each id that is wanted."""
+    newest = {alias: name for name in old for alias in datasets[name]}
+    return {newest[dataset_id] for dataset_id in wanted if dataset_id in newest}
 
 
 def _datasets_of(state: State, runs: Iterable[str], datasets: dict[str, list[str]]) -> set[str]:

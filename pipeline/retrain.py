@@ -29,6 +29,7 @@ from pipeline import (
     plan,
     registry,
     retrain_options,
+    rollback,
     runners,
     storage,
     trainers,
@@ -75,7 +76,7 @@ def execute(config: RetrainConfig) -> int:
         state = states.look(config.root)
         request = make_request(config, training, source, state)
         settled = find_settled(config, request, state)
-        said = None if settled is None else _nothing_new(settled)
+        said = None if settled is None else _nothing_new(settled, state)
         show(plan.describe(state, request, said))
         names = {request.fingerprint: source.class_names}
         runs = _runs(config, training, request, state, said)
@@ -148,7 +149,7 @@ def _work(config: RetrainConfig, training: Training, source: Source, stages: Sta
     request = make_request(config, training, source, state)
     if (settled := find_settled(config, request, state)) is not None:
         if settled["run_id"] != finished:
-            log.info("%s", _nothing_new(settled))
+            log.info("%s", _nothing_new(settled, state))
             folder = plan.run_folder(root, settled["run_id"])
             chain.show_outcome(folder, state.champion, title=source.describe()["title"])
         return code
@@ -167,8 +168,11 @@ def _vertex_arguments(config: RetrainConfig) -> tuple[str, ...]:
     return () if config.vertex is None else tuple(vertex_options.arguments(config.vertex))
 
 
-def _nothing_new(settled: Mapping[str, Any]) -> str:
-    return f"nothing new: run {settled['run_id']} has been judged already ({settled['outcome']})"
+def _nothing_new(settled: Mapping[str, Any], state: State) -> str:
+    became = settled["outcome"]
+    if _was_left(state, settled):
+        became += ", and rolled back since: no age brings it back"
+    return f"nothing new: run {settled['run_id']} has been judged already ({became})"
 
 
 def wanted_sources(config: RetrainConfig, champion: registry.Version | None) -> tuple[str, ...]:
@@ -207,7 +211,12 @@ def make_request(
     judged = _find_judged(state, config_id=config_id, fingerprint=fingerprint)
     now = datetime.datetime.now(datetime.UTC)
     champion = state.champion
-    repeat = judged is not None and is_due(config.max_age, champion, judged, now)
+    repeat = (
+        judged is not None
+        and is_due(config.max_age, champion, judged, now)
+        # The same again comes to the same model: a warm start alone changes what is trained.
+        and (config.warm_start or not _was_left(state, judged))
+    )
     run_id = plan.make_run_id(config.window, training.config["preset"], fingerprint, config_id)
     if judged is not None and not repeat and state.has(judged["run_id"], REQUEST_FILE):
         run_id = judged["run_id"]
@@ -256,6 +265,11 @@ def is_due(
     promoted = champion.first_promoted_at or champion.promoted_at  # a rollback makes none young
     times = (promoted, judged.get("time") or promoted)
     return min(plan.days_since(time, now) for time in times) > max_age
+
+
+def _was_left(state: State, judged: Mapping[str, Any]) -> bool:
+    """Whether an operator has rolled back from the model that a line of the ledger is of."""
+    return rollback.was_left(state.lines, state.champion, judged.get("model_id"))
 
 
 def _find_judged(state: State, *, config_id: str, fingerprint: str) -> Mapping[str, Any] | None:

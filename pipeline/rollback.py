@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline import inventory, ledger, promotion, storage
 from pipeline.command import InputError
@@ -65,6 +67,34 @@ def rollback(
     storage.hold(lock)
     _note(root, published, reason)
     return published
+
+
+def was_left(
+    lines: Sequence[Mapping[str, Any]], champion: Version | None, model_id: str | None
+) -> bool:
+    """Whether a rollback has led away from a model, and nothing back to it since.
+
+    Args:
+        lines: of the ledger. Their versions tell what came when: the line of a run that was killed
+            may come after that of a rollback from its model.
+        champion: if there is one; its rollback may have been killed before its line.
+        model_id: of the model.
+    """
+    swaps = [line for line in lines if isinstance(line.get("version"), int)]
+    if champion is not None and champion.rolled_back_from is not None:
+        known = {line["version"] for line in swaps}
+        if champion.version not in known:
+            swaps.append(dataclasses.asdict(champion) | {"outcome": ledger.ROLLED_BACK})
+    came, left = False, False
+    later: set[str] = set()  # the runs that were promoted since it came
+    for line in sorted(swaps, key=lambda line: line["version"]):
+        if line.get("model_id") == model_id:
+            came, left, later = True, False, set()
+        elif line.get("outcome") != ledger.ROLLED_BACK:
+            later.add(line["run_id"])
+        elif came and line["run_id"] not in later:
+            left = True
+    return left
 
 
 def _unnoted(root: Place, current: Version | None) -> Version | None:

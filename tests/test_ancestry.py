@@ -1,5 +1,6 @@
-"""What a warm start has learned from, found in the files of real datasets."""
+"""What a model had learned from before, found in the files of real datasets."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -8,8 +9,10 @@ import pytest
 from test_comparison import hand_made
 
 from pipeline import ancestry
-from pipeline.command import InputError
+from pipeline.command import InputError, UnreachableError
 from pipeline.dataset import load_manifest
+from pipeline.gate import Inherited
+from pipeline.models import UNNAMED, learned_from
 
 CLASSES = ("a", "b")
 
@@ -34,29 +37,35 @@ def judged(root):
     return make(root / "datasets/judged", train=[6], test=[1, 2, 3, 4, 5])[0]
 
 
-def add_model(root, *learned_from):
-    """Describes models/1, which has learned from these: (dataset, splits)."""
+def add_model(root, *learned_from, folder="models/1"):
+    """Describes a model which has learned from these: (dataset, splits)."""
     entries = [{"dataset_id": name, "splits": splits.split()} for name, splits in learned_from]
-    path = root / "models/1/model.json"
+    path = root / folder / "model.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"learned_from": entries}))
     return path
 
 
 def examine(root, judged):
-    return ancestry.examine(root, "models/1", judged, load_manifest(judged))
+    learned = learned_from(root / "models/1/model.json")
+    return dataclasses.asdict(ancestry.examine(root, learned, judged, load_manifest(judged)))
 
 
 @pytest.mark.parametrize(
-    ("splits", "images"), [("train", 2), ("train validation", 3), ("validation", 1), ("", 0)]
+    ("splits", "images"), [("train", 2), ("train validation", 3), ("validation", 1), ("test", 1)]
 )
 def test_images_of_test_in_what_was_learned_from(root, judged, splits, images):
-    # 4 was in its test as well: nothing has learned from that.
+    # Of its test nothing has learned, unless the model says so.
     _, name = make(root / "datasets/old", train=[1, 2, 9], validation=[3, 8], test=[4])
     add_model(root, (name, splits))
-    assert examine(root, judged) == {
-        "model": "models/1", "images": images, "datasets": [name], "unknown": [],
-    }  # fmt: skip
+    assert examine(root, judged) == {"images": images, "datasets": (name,), "unknown": ()}
+
+
+@pytest.mark.parametrize("splits", ["", "all", "train all"])
+def test_of_splits_that_there_are_not_nothing_is_known(root, judged, splits):
+    _, name = make(root / "datasets/old", train=[9], test=[0])
+    add_model(root, (name, splits))
+    assert examine(root, judged) == {"images": 0, "datasets": (), "unknown": (name,)}
 
 
 def test_an_image_counts_once_however_many_datasets_hold_it(root, judged):
@@ -64,7 +73,7 @@ def test_an_image_counts_once_however_many_datasets_hold_it(root, judged):
     _, two = make(root / "datasets/two", train=[9], validation=[2, 3], test=[0])
     add_model(root, (one, "train"), (two, "train"), (two, "train validation"))
     found = examine(root, judged)
-    assert (found["images"], found["datasets"]) == (3, [one, two])
+    assert (found["images"], found["datasets"]) == (3, (one, two))
 
 
 def test_the_same_dataset_in_another_order_of_its_parts(root, judged):
@@ -83,16 +92,28 @@ def test_what_is_gone_or_damaged_is_not_known(root, judged):
     (root / "datasets/notes").touch()
     add_model(root, ("f" * 32, "train"), (None, ""), (two, "train"), (one, "train"))
     found = examine(root, judged)
-    assert (found["images"], found["datasets"]) == (1, [one])
-    assert found["unknown"] == ["f" * 32, ancestry.UNNAMED, two]
+    assert (found["images"], found["datasets"]) == (1, (one,))
+    assert found["unknown"] == ("f" * 32, UNNAMED, two)
 
 
-@pytest.mark.parametrize(
-    ("count", "listed"), [(1, "d0"), (3, "d0, d1, d2"), (4, "4 of them (d0, d1, d2, ...)")]
-)
-def test_many_unknown_datasets_are_counted(count, listed):
-    note = {"model": "models/1", "images": 0, "unknown": [f"d{i}" for i in range(count)]}
-    assert ancestry.in_words(note).endswith(f"trained on: {listed} cannot be read")
+def test_a_server_that_does_not_answer_says_nothing_of_a_dataset(root, judged, monkeypatch):
+    def unreachable(*_):
+        raise UnreachableError("no answer")
+
+    folder, name = make(root / "datasets/old", train=[9], test=[0])
+    add_model(root, (name, "train"))
+    manifest = load_manifest(judged)
+    with monkeypatch.context() as patch, pytest.raises(UnreachableError):
+        patch.setattr(ancestry, "load_manifest", unreachable)
+        ancestry.examine(root, {name: {"train"}}, judged, manifest)
+    hashes = ancestry._hashes
+    with monkeypatch.context() as patch, pytest.raises(UnreachableError):
+        patch.setattr(
+            ancestry,
+            "_hashes",
+            lambda at, *more: (unreachable if at == folder else hashes)(at, *more),
+        )
+        examine(root, judged)
 
 
 def test_each_manifest_is_read_once(root, judged, monkeypatch):
@@ -109,14 +130,17 @@ def test_each_manifest_is_read_once(root, judged, monkeypatch):
     assert sorted(read) == ["1", "2", "9", "judged"]
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"learned_from": [1]}', '{"learned_from": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "{}", *(f'{{"learned_from": {told}}}' for told in ("[1]", "1", "[]", "null"))],
+)
 def test_a_model_that_does_not_say(root, judged, text):
     path = add_model(root)
     path.unlink()
     if text is not None:
         path.write_text(text)
     found = examine(root, judged)
-    assert (found["images"], found["unknown"]) == (0, [ancestry.UNNAMED])
+    assert (found["images"], found["unknown"]) == (0, (UNNAMED,))
 
 
 def test_a_damaged_test_is_told(root, judged):
@@ -146,10 +170,66 @@ def test_what_was_found_stays_for_the_whole_run(root, judged, tmp_path, caplog):
     make(folder, train=[1], test=[0])
     assert start() == root / "models/1"
     (tmp_path / "run" / ancestry.NOTE_FILE).unlink()
-    assert start() == root / "models/1"  # the dataset of this name is gone
+    assert start() is None  # the dataset of this name is gone
+    assert start() is None
     (said,) = caplog.messages
     assert said == (
-        "whether models/1 has learned from images of test is not known of all datasets that it was"
-        f" trained on: {name} cannot be read"
+        "trained from new weights: whether models/1 has learned from images of test is not known of"
+        f" all datasets that it was trained on: {name} cannot be read"
     )
     assert ancestry.told({"reason": "so"}, tmp_path / "run")["reason"] == f"so; {said}"
+
+
+# Before a model is judged
+
+
+def inherited(root, judged):
+    return ancestry.inherited(root, root / "runs/r", judged, load_manifest(judged))
+
+
+def add_export(root, *learned_from):
+    return add_model(root, *learned_from, folder="runs/r/export")
+
+
+def test_its_own_dataset_is_for_the_manifest_to_tell_of(root, judged, monkeypatch):
+    own = load_manifest(judged).dataset_id
+    add_export(root, (own, "train validation"))
+    monkeypatch.setattr(ancestry, "_hashes", None)  # nothing is read
+    assert inherited(root, judged) == Inherited()
+
+
+def test_its_own_test_is_not(root, judged):
+    own = load_manifest(judged).dataset_id
+    add_export(root, (own, "train test"))
+    assert inherited(root, judged) == Inherited(images=5, datasets=(own,))
+
+
+def test_all_that_came_before_is_asked_whatever_it_began_from(root, judged):
+    own = load_manifest(judged).dataset_id
+    _, old = make(root / "datasets/old", train=[1, 2, 9], test=[0])
+    add_export(root, (old, "train"), ("f" * 32, "train"), (None, ""), (own, "train"))
+    assert inherited(root, judged) == Inherited(
+        images=2, datasets=(old,), unknown=("f" * 32, UNNAMED)
+    )
+
+
+def test_what_was_asked_for_a_warm_start_is_known_although_it_is_gone(root, judged):
+    folder, old = make(root / "datasets/old", train=[9], test=[0])
+    add_model(root, (old, "train"))
+    run_dir, manifest = root / "runs/r", load_manifest(judged)
+    add_export(root, (old, "train"), (manifest.dataset_id, "train"))
+    start = ancestry.starting_model(root, run_dir, "models/1", judged, manifest)
+    assert start == root / "models/1"
+    shutil.rmtree(folder)
+    assert inherited(root, judged) == Inherited(datasets=(old,))
+    (run_dir / ancestry.NOTE_FILE).unlink()
+    assert inherited(root, judged) == Inherited(unknown=(old,))
+
+
+def test_a_note_that_found_images_vouches_for_nothing(root, judged):
+    _, old = make(root / "datasets/old", train=[1], test=[0])
+    add_model(root, (old, "train"))
+    run_dir, manifest = root / "runs/r", load_manifest(judged)
+    add_export(root, (old, "train"))
+    assert ancestry.starting_model(root, run_dir, "models/1", judged, manifest) is None
+    assert inherited(root, judged) == Inherited(images=1, datasets=(old,))

@@ -25,6 +25,7 @@ from pipeline import (
     ledger,
     plan,
     promotion,
+    pruning,
     registry,
     retrain,
     state,
@@ -79,7 +80,9 @@ class StandIn:
             put(storage.place(output_dir) / name, content)
 
     def task(self, run_dir, dataset_dir, initial_weights=None, **_):
-        earlier = described(initial_weights)["learned_from"] if initial_weights else []
+        nothing_told = [{"dataset_id": None, "splits": []}]
+        start = described(initial_weights) if initial_weights else {"learned_from": []}
+        earlier = start.get("learned_from", nothing_told)
         manifest = load_manifest(storage.place(dataset_dir))
         put(storage.place(run_dir) / "checkpoints/1", "")
         export = storage.place(run_dir) / "export"
@@ -168,7 +171,7 @@ class Job:
     source: Path
     stages: StandIn
 
-    def __call__(self, *flags, day=1, seed=22, beam=()):
+    def __call__(self, *flags, day=1, seed=22, beam=(), weights=None):
         """The command, on the nth day; returns its exit code and the stages that ran."""
         argv = ["--root", str(self.root), f"--source=idx:{self.source}", f"--window=day{day}"]
         config = retrain.parse([*argv, *flags])
@@ -176,8 +179,11 @@ class Job:
         initial = {}
         if config.warm_start:
             initial = {"initial_weights": champion and champion.weights_sha256}
+        given = ()
+        if weights is not None:
+            initial, given = {"initial_weights": str(weights)}, (f"--initial_weights={weights}",)
         training = Training(
-            arguments=(f"--seed={seed}",),
+            arguments=(f"--seed={seed}", *given),
             rest=beam,
             config={"preset": "core", "seed": seed} | initial,
         )
@@ -776,6 +782,128 @@ def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
     assert job(day=6, seed=6) == (0, [])
 
 
+@pytest.mark.parametrize("text", [None, "", '{"promoted": tr'])
+def test_a_rollback_stays_although_the_decision_is_lost(job, text):
+    job()
+    job.stages.accuracy = 0.95
+    job(day=2, seed=5)
+    registry.rollback(job.root, 1)
+    path = job.last_run().parent / job.lines()[1]["run_id"] / "decision.json"
+    storage.remove(path)
+    if text is not None:
+        put(path, text)
+    (path.parent / "report/report.json").unlink()  # a torn one alone is not looked at
+    assert job(day=3, seed=5) == (0, ["task", "evaluate"])
+    champion = registry.champion(job.root)
+    assert (champion.version, champion.rolled_back_from) == (3, 1)
+    assert [line["version"] for line in job.lines()] == [1, 2, 3, 2]
+    decision = json.loads(path.read_text())
+    assert decision["promoted"] is True
+    assert decision["reason"] == (
+        "was published as version 2, by a decision that is lost; against the present champion:"
+        " rollbacks from this very model: 1, required at most 0"
+        " (pipeline.registry rollback --version V brings it back)"
+    )
+    assert job(day=4, seed=5) == (0, [])
+
+
+def test_a_decision_that_is_lost_before_the_ledgers_line_undoes_no_rollback(job, monkeypatch):
+    job()
+    job.stages.accuracy = 0.95
+    killed_before(job, monkeypatch, ledger, "append", day=2, seed=5)
+    registry.rollback(job.root, 1)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    storage.remove(run / "decision.json")
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 3
+    assert [line["version"] for line in job.lines()] == [1, 3, 2]
+    age(job, 2)
+    assert job("--max_age=1", day=3, seed=5) == (0, [])
+
+
+def test_a_damaged_old_version_is_no_reason_to_judge_nothing(job):
+    job()
+    job(day=2, seed=5)
+    put(job.root / "models/1/version.json", "{")
+    assert job(day=3, seed=6) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 3
+
+
+def remade(job):
+    """Lets the trainer make a model of the same weights whatever run it is of."""
+    task = job.stages.task
+
+    def same(run_dir, dataset_dir, **more):
+        task(run_dir, dataset_dir, **more)
+        path = storage.place(str(run_dir)) / "export/model.json"
+        model = json.loads(path.read_text())
+        seed = plan.read_request(storage.place(str(run_dir))).trainer_arguments[0]
+        put(path, json.dumps(model | {"model_id": f"model of {seed}"}))
+
+    job.stages.task = same
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_no_age_brings_back_what_was_rolled_back_from(job, monkeypatch, noted, caplog):
+    caplog.set_level(logging.INFO)
+    remade(job)
+    job()
+    job.stages.accuracy = 0.95
+    job(day=2, seed=5)
+    if noted:
+        registry.rollback(job.root, 1)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(LockedError):
+            patch.setattr(ledger, "append", lambda *_, **__: (_ for _ in ()).throw(LockedError()))
+            registry.rollback(job.root, 1)
+    age(job, 9)
+    before = contents(job.root / "models")
+    judged = job.lines()[1]["run_id"]
+    for day in (3, 4):
+        caplog.clear()
+        assert job("--max_age=5", day=day, seed=5) == (0, [])
+        assert caplog.messages == [
+            f"nothing new: run {judged} has been judged already (promoted, and rolled back since:"
+            " no age brings it back)"
+        ]
+    assert contents(job.root / "models") == before
+    # What came back is renewed as ever.
+    job.stages.accuracy = 0.9
+    assert job("--max_age=5", day=5) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 4
+
+
+def test_a_warm_start_may_make_something_else_of_what_was_rolled_back_from(job):
+    remade(job)
+    job("--warm_start")
+    job.stages.accuracy = 0.95
+    job("--warm_start", day=2, seed=5)
+    registry.rollback(job.root, 1)
+    age(job, 9)
+    assert job("--warm_start", "--max_age=5", day=3, seed=5) == (KEPT, ["task", "evaluate"])
+    assert job.lines()[-1]["reason"].startswith("rollbacks from this very model: 1, required")
+    assert registry.champion(job.root).version == 3
+    del job.stages.task  # and now it comes to other weights
+    age(job, 9)
+    assert job("--warm_start", "--max_age=5", day=4, seed=5) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 4
+
+
+def test_what_was_rolled_back_from_does_not_come_back_by_another_name(job):
+    """The source is touched, and what was decided is lost: nothing says that it is the same."""
+    remade(job)
+    job()
+    job.stages.accuracy = 0.95
+    job(day=2, seed=5)
+    registry.rollback(job.root, 1)
+    (job.root / "runs" / job.lines()[1]["run_id"] / "decision.json").unlink()
+    job.touch()
+    assert job(day=3, seed=5) == (KEPT, ALL)
+    assert registry.champion(job.root).version == 3
+    registry.rollback(job.root, 2)  # an operator's word again
+    assert registry.champion(job.root).version == 4
+
+
 def test_a_copy_that_the_pointer_never_named_is_published(job, monkeypatch):
     job()
     killed_before(job, monkeypatch, promotion, "_swap", day=2, seed=5)
@@ -830,13 +958,21 @@ def test_a_warm_start_goes_on_from_the_model_it_began_with(job):
     assert "--initial_weights" not in job.stages.arguments
 
 
+def digits_dataset(folder, train, test):
+    rows = {"train": [(each, "1") for each in train], "test": [(each, "2") for each in test]}
+    return hand_made(folder, rows, tuple("0123456789"))
+
+
+def last_decision(job):
+    return json.loads((job.last_run() / "decision.json").read_text())
+
+
 def test_a_warm_start_that_would_know_images_of_test_begins_with_new_weights(job, tmp_path, caplog):
     def dataset(name, train, test):
-        rows = {"train": [(each, "1") for each in train], "test": [(each, "2") for each in test]}
-        return hand_made(tmp_path / name, rows, tuple("0123456789"))
+        return digits_dataset(tmp_path / name, train, test)
 
     def decided():
-        return json.loads((job.last_run() / "decision.json").read_text())
+        return last_decision(job)
 
     first = dataset("first", train=[1, 2, 3], test=[4, 5])
     job.stages.dataset = first
@@ -879,13 +1015,91 @@ def test_a_warm_start_that_would_know_images_of_test_begins_with_new_weights(job
     job.change()
     job.stages.dataset = dataset("last", train=[1, 4, 6, 7], test=[2, 3])
     assert job("--warm_start", day=4) == (0, ALL)
+    assert "--initial_weights" not in job.stages.by_stage["task"]
     assert decided()["warm_start"] == {
         "model": "models/3", "images": 0, "datasets": ids[1:], "unknown": ids[:1],
     }  # fmt: skip
     assert decided()["reason"].endswith(
-        "; whether models/3 has learned from images of test is not known of all datasets that it"
-        f" was trained on: {ids[0]} cannot be read"
+        "; trained from new weights: whether models/3 has learned from images of test is not known"
+        f" of all datasets that it was trained on: {ids[0]} cannot be read"
     )
+    assert decided()["inherited"] == {"images": 0, "datasets": [], "unknown": []}
+
+    job.change()
+    job.stages.dataset = dataset("after", train=[1, 4, 6, 7, 8], test=[2, 3])
+    assert job("--warm_start", day=5) == (0, ALL)  # the new weights know of nothing before
+    assert job.stages.by_stage["task"]["--initial_weights"] == str(job.root / "models/4")
+
+
+def test_images_of_test_that_came_in_by_initial_weights_keep_the_champion(job, tmp_path):
+    job.stages.dataset = digits_dataset(tmp_path / "first", train=[2, 3, 5], test=[9])
+    assert job()[0] == 0
+    (first,) = (job.root / "datasets").iterdir()
+    identity = load_manifest(first).dataset_id
+
+    job.change()
+    job.stages.dataset = digits_dataset(tmp_path / "moved", train=[1], test=[2, 3, 4])
+    given = {"day": 2, "weights": job.root / "models/1"}
+    assert job(**given) == (KEPT, ALL)
+    decision = last_decision(job)
+    assert (
+        decision["reason"]
+        == job.lines()[-1]["reason"]
+        == (
+            "images of test in what it had learned from before: 2, required at most 0"
+            " (by the weights that it began from)"
+        )
+    )
+    assert decision["inherited"] == {"images": 2, "datasets": [identity], "unknown": []}
+    assert decision["warm_start"] is None
+    assert registry.champion(job.root).version == 1
+    assert job("--force_promote", "--reason=we must", **given) == (0, ["task"])
+    assert last_decision(job)["forced"] is True
+
+    storage.remove(first)
+    job.stages.accuracy = 0.95
+    assert job(**given, seed=5) == (KEPT, ["task", "evaluate"])
+    assert last_decision(job)["reason"] == (
+        "datasets that it had learned from before and that cannot be read:"
+        f" 1, required at most 0 ({identity})"
+    )
+
+
+def test_initial_weights_of_a_model_that_says_nothing_of_itself_keep_the_champion(job, tmp_path):
+    job()
+    foreign = tmp_path / "foreign"
+    put(foreign / "model.json", json.dumps({"model_id": "foreign"}))
+    job.stages.accuracy = 0.95
+    assert job(day=2, weights=foreign) == (KEPT, ["task", "evaluate"])
+    assert last_decision(job)["reason"] == (
+        "datasets that it had learned from before and that cannot be read: 1, required at most 0"
+        " (those that its description does not name)"
+    )
+
+
+def test_initial_weights_that_know_nothing_of_test_win(job):
+    job()
+    assert job(day=2, weights=job.root / "models/1") == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 2
+    assert all(check["passed"] for check in last_decision(job)["checks"])
+
+
+def test_a_warm_start_every_night_goes_on_although_old_datasets_are_pruned(job, tmp_path):
+    for day in range(1, 6):
+        job.change()
+        levels = list(range(10, 10 + day))
+        job.stages.dataset = digits_dataset(tmp_path / f"day{day}", train=levels, test=[2, 3])
+        assert job("--warm_start", day=day)[0] == 0
+        list(pruning.prune(job.root, 1))
+        assert len(list((job.root / "datasets").iterdir())) == day  # all in its lineage
+        begun_from = job.stages.by_stage["task"].get("--initial_weights")
+        assert begun_from == (None if day == 1 else str(job.root / f"models/{day - 1}"))
+        assert [each["passed"] for each in last_decision(job)["checks"] if not each["passed"]] == []
+    job.change()
+    job.stages.dataset = digits_dataset(tmp_path / "day6", train=[50], test=[2, 3])
+    assert job(day=6)[0] == 0  # new weights: a lineage of its own
+    list(pruning.prune(job.root, 1))
+    assert len(list((job.root / "datasets").iterdir())) == 1
 
 
 def test_what_a_kill_left_is_cleared_away(local_job):

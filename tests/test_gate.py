@@ -58,7 +58,10 @@ def make_report(classes=EVEN, *, champion=True, names=None):
     }
 
 
-def judge(report, *, class_names=None, leaked=0, champion_classes="same", **rules):
+def judge(
+    report, *, class_names=None, leaked=0, inherited=None, was_left=False,
+    champion_classes="same", **rules,
+):  # fmt: skip
     class_names = class_names or [row["name"] for row in report["per_class"]]
     if champion_classes == "same":
         champion_classes = class_names if report["baseline"] else None
@@ -67,6 +70,8 @@ def judge(report, *, class_names=None, leaked=0, champion_classes="same", **rule
         Rules(**rules),
         class_names=class_names,
         leaked=leaked,
+        inherited=inherited or gate.Inherited(),
+        was_left=was_left,
         champion_classes=champion_classes,
     )
 
@@ -78,6 +83,9 @@ def failed(report, **changes):
 FLOOR = "accuracy"
 FEWER = "correct answers, against the champion's"
 LEAK = "images of test in train or validation"
+INHERITED = "images of test in what it had learned from before"
+UNKNOWN = "datasets that it had learned from before and that cannot be read"
+LEFT = "rollbacks from this very model"
 CLASSES = "labels of another class than the champion's"
 
 
@@ -245,6 +253,44 @@ def test_a_leak_fails_the_gate():
     )
 
 
+@pytest.mark.parametrize("champion", [False, True])
+def test_images_of_test_that_came_in_by_the_first_weights_fail_the_gate(champion):
+    report = make_report(champion=champion)
+    inherited = gate.Inherited(images=21, datasets=("a",))
+    assert failed(report, inherited=inherited) == [INHERITED]
+    assert decisions.reason(report, judge(report, inherited=inherited)) == (
+        "images of test in what it had learned from before: 21, required at most 0"
+        " (by the weights that it began from)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("unknown", "listed"),
+    [
+        (("d0",), "d0"),
+        (("d0", "d1", "d2"), "d0, d1, d2"),
+        (("d0", "d1", "d2", "d3"), "4 of them (d0, d1, d2, ...)"),
+    ],
+)
+def test_what_is_not_known_of_its_first_weights_fails_the_gate(unknown, listed):
+    report = make_report()
+    inherited = gate.Inherited(datasets=("a",), unknown=unknown)
+    assert failed(report, inherited=inherited) == [UNKNOWN]
+    assert decisions.reason(report, judge(report, inherited=inherited)) == (
+        "datasets that it had learned from before and that cannot be read:"
+        f" {len(unknown)}, required at most 0 ({listed})"
+    )
+
+
+def test_a_model_that_was_rolled_back_from_fails_the_gate():
+    report = make_report()
+    assert failed(report, was_left=True) == [LEFT]
+    assert decisions.reason(report, judge(report, was_left=True)) == (
+        "rollbacks from this very model: 1, required at most 0"
+        " (pipeline.registry rollback --version V brings it back)"
+    )
+
+
 def test_leaked_images_of_a_manifest(small_dataset):
     manifest = load_manifest(small_dataset)
     assert gate.leaked_images(manifest) == 0
@@ -296,6 +342,9 @@ def test_decision_holds_every_number():
     }
     assert [(each["check"], each["value"], each["required"]) for each in checks] == [
         (LEAK, 0, 0),
+        (INHERITED, 0, 0),
+        (UNKNOWN, 0, 0),
+        (LEFT, 0, 0),
         (CLASSES, 0, 0),
         (FLOOR, 0.88, 0.8),
         ("accuracy of class 0", 0.84, 0.5),

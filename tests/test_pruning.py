@@ -2,6 +2,7 @@ import contextlib
 import datetime
 import itertools
 import json
+from types import SimpleNamespace
 
 import helpers
 import memory_bucket
@@ -19,7 +20,7 @@ from pipeline import (
     storage,
     versions,
 )
-from pipeline.command import InputError, LockedError
+from pipeline.command import InputError, LockedError, UnreachableError
 from pipeline.dataset import load_manifest
 from pipeline.gcs import GcsPath
 from pipeline.registry import Version
@@ -220,6 +221,40 @@ def test_the_model_that_a_failed_warm_start_began_from_stays_as_long_as_the_run(
     assert standing(root)["models"] == ["2", "3", "4", "5"]
 
 
+def test_what_the_champion_has_learned_from_stays(root, monkeypatch):
+    """The newest folder of each content, once: a source that is only touched makes it again."""
+    manifest = SimpleNamespace
+    known = {"d1": "one", "d2": "two", "d3": "one", "d4": "four"}
+    monkeypatch.setattr(
+        pruning, "load_manifest", lambda at: manifest(dataset_id=known.get(at.name, at.name))
+    )
+    for number in range(1, 5):
+        add_run(root, f"r{number}", f"d{number}")
+    learned = [{"dataset_id": name, "splits": ["train"]} for name in ("one", "two", "gone", "d5")]
+    add_run(root, "r5", "d5", line=False)
+    model = {"model_id": "id-r5", "weights_sha256": "w-r5", "dataset_id": "id-d5"}
+    write(root / "runs/r5/export/model.json", json.dumps(model | {"learned_from": learned}))
+    add_run(root, "r5", "d5", promoted=True)
+    add_run(root, "r6", "d6")
+    prune(root, 1)
+    assert standing(root)["datasets"] == ["d2", "d3", "d5", "d6"]
+    add_run(root, "r7", "d7", promoted=True)  # which does not say what it has learned from
+    prune(root, 1)
+    assert standing(root)["datasets"] == ["d7"]
+
+
+def test_a_server_that_does_not_answer_lets_no_dataset_go(root, monkeypatch):
+    def unreachable(folder):
+        raise UnreachableError("no answer")
+
+    for number in (1, 2):
+        add_run(root, f"r{number}", f"d{number}", promoted=True)
+    monkeypatch.setattr(pruning, "load_manifest", unreachable)
+    with pytest.raises(UnreachableError):
+        list(pruning.prune(root, 1))
+    assert standing(root)["datasets"] == ["d1", "d2"]
+
+
 def test_an_unfinished_run_that_does_not_tell_its_dataset_keeps_all(root):
     for number in (1, 2, 3):
         add_run(root, f"r{number}", f"d{number}", promoted=True)
@@ -358,7 +393,7 @@ def test_command_waits_for_nobody(root, capsys):
         add_run(root, f"r{number}", f"d{number}", promoted=True)
     argv = ("prune", "--root", str(root), "--keep", "1")
     with storage.locked(root):
-        with pytest.raises(LockedError):
+        with pytest.raises(LockedError, match=r"at work here.*; prune once it has ended$"):
             run(capsys, *argv)
         assert len(run(capsys, *argv, "--dry_run")[1]) == 5
     assert standing(root)["models"] == ["1", "2", "3"]

@@ -81,7 +81,7 @@ def learned_from(directory: Place) -> list[dict[str, Any]]:
     Of a model that does not say so one dataset without a name stands for them.
     """
     found = _description(directory).get("learned_from")
-    return found if isinstance(found, list) else [{"dataset_id": None, "splits": []}]
+    return found if isinstance(found, list) and found else [{"dataset_id": None, "splits": []}]
 
 
 def _read(prefix: Path) -> list[np.ndarray]:

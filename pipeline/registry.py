@@ -11,15 +11,17 @@ Here is the command; `__all__` is what the rest of the job does with a registry.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Iterator
 
 from pipeline import command, inventory, ledger, storage
-from pipeline.command import InputError, show
+from pipeline.command import InputError, LockedError, show
 from pipeline.promotion import champion, discard_unpromoted, publish
 from pipeline.rollback import rollback
-from pipeline.storage import Place
+from pipeline.storage import Lock, Place
 from pipeline.versions import MODELS, Version, version_json, versions
 
 __all__ = ["Version", "champion", "discard_unpromoted", "publish", "rollback", "versions"]
@@ -31,6 +33,11 @@ ACTIONS = {
     "rollback": "publish an old version again",
     "verify": "check every file of every version",
     "prune": "remove old models, runs and datasets",
+}
+# What to do where a retrain is at work, which may take hours.
+IF_LOCKED = {
+    "rollback": "a retrain is stopped by SIGTERM; roll back then, and give it again: it goes on",
+    "prune": "prune once it has ended",
 }
 
 
@@ -93,7 +100,7 @@ def execute(config: RegistryConfig) -> int:
             raise InputError(f"{config.root}: no champion yet")
         show(version_json(current).rstrip())
     elif config.action == "rollback":
-        with storage.locked(config.root) as lock:
+        with _locked(config) as lock:
             published = rollback(config.root, config.version, reason=config.reason, lock=lock)
             storage.hold(lock)
             _refresh_index(config.root)
@@ -103,6 +110,18 @@ def execute(config: RegistryConfig) -> int:
     else:
         _prune(config)
     return command.DONE
+
+
+@contextlib.contextmanager
+def _locked(config: RegistryConfig) -> Iterator[Lock]:
+    """Holds the lock of the root; where another process does, that line says how to go on."""
+    with contextlib.ExitStack() as stack:
+        held: contextlib.AbstractContextManager[Lock] = storage.locked(config.root)
+        try:
+            lock = stack.enter_context(held)
+        except LockedError as error:
+            raise LockedError(f"{error}; {IF_LOCKED[config.action]}") from None
+        yield lock
 
 
 def _require_root(root: Place) -> None:
@@ -137,7 +156,7 @@ def _prune(config: RegistryConfig) -> None:
     if config.dry_run:
         lines = [f"would remove {each.folder}" for each in pruning.plan(config.root, config.keep)]
     else:
-        with storage.locked(config.root) as lock:
+        with _locked(config) as lock:
             removed = pruning.prune(config.root, config.keep, lock=lock)
             lines = [f"removed {removal.folder}" for removal in removed]
             storage.hold(lock)

@@ -800,6 +800,10 @@ def test_rollback_waits_for_nobody(tmp_path, capsys):
     with storage.locked(root), pytest.raises(LockedError) as caught:
         run(capsys, "rollback", "--root", str(root))
     assert caught.value.exit_code == 75
+    assert str(caught.value) == (
+        f"{root}: another process is at work here; a retrain is stopped by SIGTERM; roll back then,"
+        " and give it again: it goes on"
+    )
     assert registry.champion(root).version == 2
 
 

@@ -54,11 +54,15 @@ class Chains(NamedTuple):
         promotions: int [chains].
         seen: on the gate's half, float [chains, 2].
         unseen: on the other half, float [chains, 2].
+        seen_classes: what each class gained on the gate's half, float [chains, classes].
+        unseen_classes: the same on the other half.
     """
 
     promotions: np.ndarray
     seen: np.ndarray
     unseen: np.ndarray
+    seen_classes: np.ndarray
+    unseen_classes: np.ndarray
 
 
 class Twenty(NamedTuple):
@@ -146,6 +150,17 @@ def champions(scored: Scored, rows: np.ndarray, order: Sequence[int], rule: Rule
     return found
 
 
+def class_gains(scored: Scored, rows: np.ndarray, first: int, last: int) -> np.ndarray:
+    """By how much a model's accuracy is above another's in each class: float [classes]."""
+    labels = scored.labels[rows]
+    support = np.bincount(labels, minlength=NUM_CLASSES)
+    accuracies = [
+        np.bincount(labels, scored.right[model, rows], NUM_CLASSES) / np.maximum(support, 1)
+        for model in (first, last)
+    ]
+    return np.asarray(accuracies[1] - accuracies[0])
+
+
 def run_chains(
     scored: Scored, draw: Draw, count: int, rules: Mapping[str, Rule] = RULES
 ) -> dict[str, Chains]:
@@ -160,7 +175,8 @@ def run_chains(
             ends = [served[0], served[-1]]
             promotions = sum(a != b for a, b in itertools.pairwise(served))
             of_ends = [scored.right[ends][:, rows].mean(axis=1) for rows in (seen, unseen)]
-            found[name].append((promotions, *of_ends))
+            gains = [class_gains(scored, rows, *ends) for rows in (seen, unseen)]
+            found[name].append((promotions, *of_ends, *gains))
     return {name: Chains(*map(np.stack, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
@@ -215,7 +231,7 @@ def print_chains(title: str, found: Mapping[str, Chains]) -> None:
     for row in (heads, below):
         cells = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
         print(" " * 22 + "".join(cells))
-    for name, (promotions, seen, unseen) in found.items():
+    for name, (promotions, seen, unseen, *_) in found.items():
         ends = [100 * half.mean(axis=0) for half in (seen, unseen)]
         gain = 100 * (unseen[:, 1] - unseen[:, 0])
         cells = [f"{first:9.2f}{last:7.2f}" for first, last in ends]
@@ -223,6 +239,19 @@ def print_chains(title: str, found: Mapping[str, Chains]) -> None:
             f"{name:22}{promotions.mean():8.2f}{''.join(cells)}{ends[0][1] - ends[1][1]:+10.2f}"
             f"{gain.mean():+9.2f}{np.percentile(gain, 5):+11.2f}{100 * (gain < 0).mean():9.1f} %"
         )
+
+
+def print_classes(found: Mapping[str, Chains]) -> None:
+    """One line for each rule, on the class of each chain that lost most; in points."""
+    heads = "".join(half.rjust(20) for half in ("gate's half", "unseen half"))
+    print(f"\nthe class that lost most{heads}")
+    print(" " * 24 + f"{'mean':>9}{'worst 5 %':>11}" * 2)
+    for name, chains in found.items():
+        cells = ""
+        for gains in (chains.seen_classes, chains.unseen_classes):
+            worst = 100 * gains.min(axis=1)
+            cells += f"{worst.mean():+9.2f}{np.percentile(worst, 5):+11.2f}"
+        print(f"{name:24}{cells}")
 
 
 def print_pool(scored: Scored, groups: Sequence[Sequence[int]], percent: int) -> None:
@@ -277,7 +306,9 @@ def report(flags: argparse.Namespace, work_dir: Path) -> None:
         ("every night's labels a little worse", one_of_each(groups)),
         ("every night's labels a little better", one_of_each(groups[::-1])),
     ):
-        print_chains(title, run_chains(scored, draw, flags.chains))
+        found = run_chains(scored, draw, flags.chains)
+        print_chains(title, found)
+        print_classes(found)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,18 @@ def test_the_ends_of_chains_are_scored_on_both_halves():
         assert found.promotions.tolist() == [1, 1, 1]
         np.testing.assert_allclose(found.seen + found.unseen, [[1.84, 1.92]] * 3)
         assert len(set(found.seen[:, 0])) == 3  # each chain has halves of its own
+        # Class 0 gains 20 of its 50 rows, shared out by the halves; no other changes.
+        seen, unseen = found.seen_classes, found.unseen_classes
+        assert (seen[:, 0] > 0).all() and (unseen[:, 0] > 0).all()
+        assert not seen[:, 1:].any() and not unseen[:, 1:].any()
+
+
+def test_what_each_class_gains():
+    models = scored([0, 1, 2, 50], [1, 499])
+    gains = gates.class_gains(models, EVERY_ROW, 0, 1)
+    np.testing.assert_allclose(gains, [0.04, 0.02, *[0] * 7, -0.02], atol=1e-12)
+    few = gates.class_gains(models, np.array([0, 3, 499]), 0, 1)
+    np.testing.assert_allclose(few, [0.5, *[0] * 8, -1])
 
 
 def test_challengers_that_are_promoted_and_worse_where_nobody_looked():
@@ -132,11 +144,15 @@ def test_labels_go_bad_in_one_way_night_after_night():
 
 def test_the_tables(capsys):
     halves = [np.array([[0.97, 0.98], [0.97, 0.98]]), np.array([[0.97, 0.972], [0.97, 0.96]])]
-    gates.print_chains("a title", {"a_rule": Chains(np.array([1, 2]), *halves)})
+    gains = [np.array([[0.1, -0.01], [-0.03, 0]]), np.array([[0.0, 0.0], [-0.02, -0.06]])]
+    found = {"a_rule": Chains(np.array([1, 2]), *halves, *gains)}
+    gates.print_chains("a title", found)
+    gates.print_classes(found)
     gates.print_twenties({"a_rule": Twenty(np.array([4, 6]), np.array([1, 0]))})
     lines = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split()) for line in lines if line.startswith("a_rule")] == [
         "a_rule 1.50 97.00 98.00 97.00 96.60 +1.40 -0.40 -0.94 50.0 %",
+        "a_rule -2.00 -2.90 -3.00 -5.70",
         "a_rule 5.00 4 6 10.0 %",
     ]
 

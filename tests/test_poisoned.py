@@ -149,3 +149,23 @@ def test_a_poisoned_model_wins_by_force_alone_and_that_is_recorded(champion_root
     assert (decided["promoted"], decided["forced"]) == (True, True)
     assert decided["force_reason"] == "as a drill"
     assert registry.champion(root).model_id == decided["model_id"]
+
+
+def test_weights_that_have_learned_the_test_set_are_no_way_round_the_gate(champion_root, tmp_path):
+    """A model of leaked data is kept out, and then given as the first weights of a clean run."""
+    root = shutil.copytree(champion_root, tmp_path / "root")
+    assert run_chain(root, tmp_path / "leak", leaked(real_digits())).returncode == 3
+    knowing = root / "runs" / last_decision(root)["run_id"] / "export"
+    before = helpers.tree(root / "models")
+    flags = ("--learning_rate=1e-6", "--epochs=1", f"--initial_weights={knowing}")
+    done = run_chain(root, tmp_path / "idx", real_digits(), *flags)
+    assert done.returncode == 3, done.stderr
+    decided = last_decision(root)
+    assert (decided["inherited"]["images"], decided["inherited"]["unknown"]) == (3, [])
+    assert "images of test in what it had learned from before: 3" in decided["reason"]
+    elsewhere = shutil.copytree(champion_root, tmp_path / "elsewhere")  # which lacks that dataset
+    done = run_chain(elsewhere, tmp_path / "idx", real_digits(), *flags)
+    assert done.returncode == 3, done.stderr
+    assert len(last_decision(elsewhere)["inherited"]["unknown"]) == 1
+    for each in (root, elsewhere):
+        assert helpers.tree(each / "models") == before

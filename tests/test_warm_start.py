@@ -168,8 +168,9 @@ def test_what_it_has_learned_from(model, small_dataset):
     assert made["learned_from"] == [*known, own | {"splits": ["train", "validation"]}]
     again = describe(weights_of(3), CONFIG, manifest, Progress(epoch=1), learned_from=known)
     assert again["learned_from"] == known
-    change(model, learned_from=None)
-    assert warm_start.learned_from(model) == [{"dataset_id": None, "splits": []}]
+    for nothing in (None, []):
+        change(model, learned_from=nothing)
+        assert warm_start.learned_from(model) == [{"dataset_id": None, "splits": []}]
 
 
 def test_preset_xor_has_none():

@@ -52,7 +52,8 @@ def load_checked(folder: Place) -> Any:
         _require_as_published(folder, directory)
         try:
             model = tf.saved_model.load(str(directory))
-        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+        # IndexError is what a file of weights that was cut short comes to.
+        except (OSError, ValueError, LookupError, tf.errors.OpError) as error:
             said = str(error).splitlines()[0].replace(str(directory), str(folder))
             raise InputError(f"{folder}: cannot be loaded as a SavedModel: {said}") from None
         signature = model.signatures.get(SIGNATURE)

@@ -282,6 +282,25 @@ def test_a_model_whose_weights_are_damaged_is_one_clear_line(export_model, small
         run(bad, small_dataset, tmp_path / "report")
 
 
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_weights_cut_short_are_one_clear_line(export_model, small_dataset, tmp_path, kept):
+    bad = export_model(5)
+    weights = bad / "variables/variables.data-00000-of-00001"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(kept * len(content))])
+    said = f"{bad}: cannot be loaded as a SavedModel: Read less bytes than requested"
+    with pytest.raises(InputError, match=f"^{said}$"):
+        inference.load_checked(bad)
+    done = run_cli(
+        "pipeline.evaluate", "--model_dir", bad, "--dataset_dir", small_dataset,
+        "--report_dir", tmp_path / "report",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, f"python -m pipeline.evaluate: error: {said}",
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def save(tmp_path_factory):
     """Saves a model that answers with nothing but its images, under this name."""

@@ -143,6 +143,16 @@ def test_weights_that_are_not_the_described_ones_are_refused(model):
         warm_start.load(model, checksum)
 
 
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_weights_cut_short_are_refused(model, kept):
+    checksum = parse(f"--initial_weights={model}").train.initial_weights
+    path = model / "variables/variables.data-00000-of-00001"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(InputError, match=f"^--initial_weights {model}: its weights cannot be read"):
+        warm_start.load(model, checksum)
+
+
 def test_other_classes_are_one_line_and_leave_nothing(model, small_dataset, tmp_path):
     content = json.loads((model / "model.json").read_text())
     change(model, dataset=content["dataset"] | {"class_names": list("abcdefghij")})

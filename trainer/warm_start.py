@@ -64,7 +64,8 @@ def load(directory: Place, sha256: str) -> list[np.ndarray]:
     with cache.local(directory / "variables") as folder:
         try:
             weights = _read(folder / "variables")
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        # IndexError is what a file of weights that was cut short comes to.
+        except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
             said = str(error).replace(str(folder), str(directory / "variables"))
             raise InputError(f"{FLAG} {directory}: its weights cannot be read: {said}") from None
     if weights_sha256(weights) != sha256:

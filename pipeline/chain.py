@@ -9,10 +9,12 @@ from typing import Any
 
 from pipeline import (
     ancestry,
+    checksums,
     command,
     commands,
     decisions,
     ends,
+    existing,
     judging,
     ledger,
     options,
@@ -54,6 +56,7 @@ def finish(root: Place, request: Request, stages: Stages) -> int:
     try:
         dataset_dir = _make_dataset(root, request, stages)
         manifest = load_manifest(dataset_dir)
+        existing.require_few(manifest, request.dataset_options["max_quarantined"])
         if (twin := _twin(root, request, manifest)) is not None:
             storage.discard(run_dir, last=plan.REQUEST_FILE)
             log.info("nothing new: the same images as those of run %s", twin)
@@ -173,7 +176,8 @@ def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) 
     if decision["promoted"] and version is None:
         stages.hold()
         champion = registry.champion(root)
-        standing = champion if champion and champion.run_id == request.run_id else None
+        own = (request.run_id, decision["model_id"])
+        standing = champion if champion and (champion.run_id, champion.model_id) == own else None
         if standing is None and not decisions.is_about(decision, champion):
             raise LockedError(f"{root}: another process has put another champion in place")
         version = standing or _publish(root, request, decision)
@@ -204,6 +208,7 @@ def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registr
         accuracy=decision["accuracy"],
         class_names=model["dataset"]["class_names"],
         sources=decision["sources"],
+        files=checksums.parse(decision["model_files"]),
     )
     return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline import storage
 from pipeline.storage import Place
@@ -22,6 +23,28 @@ class FileSum:
 def file_sum(content: bytes) -> FileSum:
     """What is noted of a file."""
     return FileSum(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def sums(folder: Place) -> dict[str, FileSum]:
+    """What is noted of every file under a folder, by its name seen from there."""
+    return {name: file_sum((folder / name).read_bytes()) for name in sorted(storage.walk(folder))}
+
+
+def plain(files: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
+    """What is noted of files as JSON has it."""
+    return {name: dataclasses.asdict(noted) for name, noted in files.items()}
+
+
+def parse(raw: Any) -> dict[str, FileSum]:
+    """Reads `plain` back; another version may have noted more of a file.
+
+    Raises:
+        TypeError, ValueError, KeyError: it is something else.
+    """
+    return {
+        name: FileSum(bytes=noted["bytes"], sha256=noted["sha256"])
+        for name, noted in dict(raw).items()
+    }
 
 
 def copy_file(source: Place, target: Place) -> FileSum:

@@ -84,6 +84,7 @@ def is_about(decided: dict[str, Any], champion: Version | None) -> bool:
         decided: the content of ``decision.json``.
         champion: if there is one; it may be of this very decision.
     """
-    if champion is not None and champion.run_id == decided["run_id"]:
+    own = (decided["run_id"], decided["model_id"])
+    if champion is not None and (champion.run_id, champion.model_id) == own:
         return True
     return bool(decided["champion_model_id"] == (champion.model_id if champion else None))

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import (
     ancestry,
+    checksums,
     decisions,
     gate,
     ledger,
@@ -53,10 +54,14 @@ def judge(
     """
     run_dir = plan.run_folder(root, request.run_id)
     champion = registry.champion(root)
+    # Before it is scored: should a file change after this, it is not the one that was noted.
+    files = checksums.plain(checksums.sums(run_dir / "export"))
     model_id = (plan.read_json(run_dir / trainers.EXPORTED) or {}).get("model_id")
     made = _decided(run_dir, model_id, manifest)
     was_no = made is not None and not made["promoted"]
     version = None if was_no else _published(root, request.run_id, model_id, champion)
+    if version is None and made is not None and made.get("model_files") != files:
+        made = None  # on other files than stand there, or it does not say on which
     content = plan.read_json(run_dir / REPORT) if made is not None else None
     stands = version is not None or (made is not None and _stands(made, request, champion))
     if made is not None and content is not None and stands:
@@ -79,7 +84,7 @@ def judge(
     )
     if version is not None:
         decision = _lost(decision, version)
-    decision = ancestry.told(decision, run_dir)
+    decision = ancestry.told(decision | {"model_files": files}, run_dir)
     stages.hold()
     storage.write_atomic(run_dir / DECISION_FILE, json.dumps(decision, indent=2) + "\n")
     return Verdict(decision=decision, version=version)

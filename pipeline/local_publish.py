@@ -61,6 +61,7 @@ def published_whole(
                 yield fresh
             for name in left_out:
                 storage.remove(fresh / name)
+            storage.flush(fresh)
             _put_in_place(fresh, place, aside, last, replace=replace)
             storage.remove(aside)
             storage.remove(staging)

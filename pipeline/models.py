@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from pipeline import checksums, storage
 from pipeline.command import InputError, UnreachableError
 from pipeline.storage import Place
 
@@ -13,6 +15,7 @@ MODEL_FILE = "model.json"
 GRAPH_FILE = "saved_model.pb"
 WEIGHTS_FILE = "variables/variables.index"
 CURVES_FILE = "metrics.jsonl"
+SUMS_FILE = "checksums.json"
 SIGNATURE = "serving_default"
 OUTPUT = "probabilities"
 UNNAMED = "those that its description does not name"
@@ -67,6 +70,25 @@ def load_curves(model_dir: Place) -> list[dict[str, Any]]:
         return []
     except ValueError:
         raise InputError(f"{path}: not a file of one JSON object a line") from None
+
+
+def damage(model_dir: Place) -> str | None:
+    """What is wrong with an exported model by what was noted of its files, if anything.
+
+    One of an earlier version comes without that, and counts as whole. In a bucket, which keeps
+    checksums of its own, the sizes alone are looked at.
+    """
+    path = model_dir / SUMS_FILE
+    try:
+        noted = checksums.parse(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        return f"{path}: not the checksums of files"
+    look = checksums.deep_damage if isinstance(model_dir, Path) else checksums.damage
+    others = storage.walk(model_dir).keys() - noted.keys()  # whoever put them there
+    problems = look(model_dir, noted, besides=others)
+    return problems[0] if problems else None
 
 
 def require_scorable(model_dir: Place, class_names: Sequence[str]) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+from collections.abc import Mapping
 
 from pipeline import checksums, inventory, storage
-from pipeline.command import InputError
+from pipeline.checksums import FileSum
+from pipeline.command import FailedError, InputError
 from pipeline.gcs import GcsPath
 from pipeline.storage import Lock, Place
 from pipeline.versions import (
@@ -71,7 +73,7 @@ def publish(
     Args:
         root: the root.
         model_dir: the model's files.
-        version: what is known of it.
+        version: what is known of it; where it names files, they have to be those.
         report: a file that goes along, what the model was promoted for.
         lock: of the root, which is looked at before every change of it.
 
@@ -80,6 +82,7 @@ def publish(
 
     Raises:
         InputError: the model's folder holds no files.
+        FailedError: they are not those that `version` names.
         LockedError: the pointer was changed by another process meanwhile, or the lock is lost.
     """
     return publish_after(pointer(root), root, model_dir, version, report=report, lock=lock)
@@ -150,19 +153,41 @@ def _copy_in(
         sources[report.name] = report
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with storage.published_whole(root / path_of(number), last=VERSION_FILE) as staging:
+        copies = {
+            name: checksums.copy_file(source, staging / name)
+            for name, source in sorted(sources.items())
+        }
+        _require_noted(model_dir, copies, version.files, report)
         published = dataclasses.replace(
             version,
             version=number,
             path=path_of(number),
             promoted_at=now,
             first_promoted_at=version.first_promoted_at or now,
-            files={
-                name: checksums.copy_file(source, staging / name)
-                for name, source in sorted(sources.items())
-            },
+            files=copies,
         )
         storage.write_atomic(staging / VERSION_FILE, version_json(published))
     return published
+
+
+def _require_noted(
+    model_dir: Place,
+    copies: Mapping[str, FileSum],
+    noted: Mapping[str, FileSum],
+    report: Place | None,
+) -> None:
+    """Makes sure that what was copied is what was noted of a model, if anything was.
+
+    Raises:
+        FailedError: a file is another one, is missing, or has come.
+    """
+    for name in sorted(copies.keys() | noted.keys()) if noted else ():
+        is_report = report is not None and name == report.name
+        if not is_report and copies.get(name) != noted.get(name):
+            raise FailedError(
+                f"{model_dir / name}: is not as it was when the model was judged; nothing was"
+                " published, and the same command looks at it anew"
+            )
 
 
 def _swap(root: Place, version: Version, generation: int) -> None:

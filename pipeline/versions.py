@@ -7,7 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pipeline import ledger, storage
+from pipeline import checksums, ledger, storage
 from pipeline.checksums import FileSum
 from pipeline.command import InputError
 from pipeline.gcs import GcsPath
@@ -28,7 +28,7 @@ NUMBER = re.compile("0|[1-9][0-9]*")
 class Version:
     """One promoted model; the content of ``champion.json`` and of ``version.json``.
 
-    `registry.publish` sets number, path, time and files.
+    `registry.publish` sets number, path and time, and holds the files to those it is given.
 
     Attributes:
         version: its number.
@@ -85,8 +85,7 @@ def parse_version(text: str) -> Version:
         ValueError, TypeError, KeyError: it is nothing of the kind.
     """
     raw = json.loads(text)
-    files = {name: _known(FileSum, noted) for name, noted in dict(raw["files"]).items()}
-    version = _known(Version, raw | {"files": files})
+    version = _known(Version, raw | {"files": checksums.parse(raw["files"])})
     if type(version.version) is not int or version.path != path_of(version.version):
         raise ValueError(f"version {version.version!r} at path {version.path!r}")
     return version

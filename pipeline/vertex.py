@@ -15,7 +15,7 @@ import dataclasses
 import json
 from typing import Any
 
-from pipeline import command, storage, vertex_checks, vertex_job, vertex_options
+from pipeline import command, models, storage, vertex_checks, vertex_job, vertex_options
 from pipeline.command import InputError, log, show
 from pipeline.models import MODEL_FILE
 from pipeline.stages import StageError, ask_trainer
@@ -109,9 +109,10 @@ def execute(config: VertexTask) -> int:
 
 
 def is_trained(run_dir: str, asked: dict[str, Any]) -> bool:
-    """Whether a run folder holds the model of this very training; in doubt, the trainer tells."""
-    path = storage.place(run_dir) / "export" / MODEL_FILE
-    if not path.is_file():
+    """Whether a run folder holds this very training's model, whole; in doubt, the trainer tells."""
+    folder = storage.place(run_dir) / "export"
+    path = folder / MODEL_FILE
+    if not path.is_file() or models.damage(folder) is not None:
         return False
     try:
         found = json.loads(path.read_text())["config"]

@@ -6,6 +6,7 @@ test_retrain.py and test_kill_chain.py.
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from pipeline import (
     state,
     storage,
 )
-from pipeline.command import InputError, LockedError, UnreachableError
+from pipeline.command import FailedError, InputError, LockedError, UnreachableError
 from pipeline.dataset import load_manifest
 from pipeline.gcs import GcsPath
 from pipeline.stages import StageError, Training
@@ -763,6 +764,83 @@ def test_a_decision_is_on_the_model_that_stands_there(job, monkeypatch):
     assert registry.champion(job.root).version == 1
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["", "decision of an earlier version"])
+def test_a_decision_is_on_the_files_that_stand_there(job, monkeypatch, noted):
+    job()
+    killed_before(job, monkeypatch, registry, "publish", day=2, seed=5)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    decision = json.loads((run / "decision.json").read_text())
+    files = {"model.json": (run / "export/model.json").read_bytes()}
+    assert decision["model_files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    if noted:  # the same model, exported again
+        put(run / "export/saved_model.pb", "another graph")
+    else:
+        del decision["model_files"]
+        put(run / "decision.json", json.dumps(decision))
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).version == 2
+    assert json.loads((run / "decision.json").read_text())["model_files"].keys() == {
+        "model.json", *(["saved_model.pb"] if noted else []),
+    }  # fmt: skip
+
+
+def test_what_changes_after_it_was_judged_is_not_published(job, monkeypatch):
+    job()
+    before = registry.champion(job.root)
+    publish = chain._publish
+
+    def late(root, request, decision):
+        put(plan.run_folder(root, request.run_id) / "export/saved_model.pb", "damaged")
+        return publish(root, request, decision)
+
+    with monkeypatch.context() as patch, pytest.raises(FailedError) as failed:
+        patch.setattr(chain, "_publish", late)
+        job(day=2, seed=5)
+    (run,) = [path for path in (job.root / "runs").iterdir() if path.name.startswith("day2")]
+    assert str(failed.value) == (
+        f"{run}/export/saved_model.pb: is not as it was when the model was judged; nothing was"
+        " published, and the same command looks at it anew"
+    )
+    assert registry.champion(job.root) == before
+    assert job.outcomes() == ["promoted"]
+    assert job(day=2, seed=5) == (0, ["task", "evaluate"])
+    assert registry.champion(job.root).run_id == run.name
+
+
+def test_other_weights_of_the_champions_own_run_are_published(job):
+    job()
+    first = registry.champion(job.root)
+    run = job.last_run()
+    put(run / "export/model.json", json.dumps(described(run / "export") | {"model_id": "another"}))
+    for lost in (run / "decision.json", job.root / "runs.jsonl"):
+        lost.unlink()
+    assert job() == (0, ["task", "evaluate"])
+    champion, (line,) = registry.champion(job.root), job.lines()
+    assert (line["outcome"], line["version"], line["model_id"]) == ("promoted", 2, "another")
+    assert (champion.version, champion.model_id) == (2, "another")
+    assert (champion.run_id, first.model_id) == (first.run_id, f"model of {run.name}")
+
+
+def test_rows_set_aside_are_held_to_the_flag_of_each_command(job):
+    assert job("--max_quarantined=0.5") == (0, ALL)
+    (dataset,) = (job.root / "datasets").iterdir()
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["quarantined"] = {"count": 80, "by_reason": {"label out of range": 80}}
+    put(dataset / "manifest.json", json.dumps(manifest))
+    said = (
+        r"^80 of 800 rows cannot be used \(80 label out of range\), more than"
+        r" --max_quarantined 0\.05 allows$"
+    )
+    with pytest.raises(InputError, match=said):
+        job("--max_quarantined=0.05", day=2, seed=5)
+    assert job.stages.ran == []
+    assert job.outcomes() == ["promoted", "failed"]
+    assert job("--max_quarantined=0.1", day=2, seed=5) == (0, ["task", "evaluate"])
+
+
 @pytest.mark.parametrize("to", [1, 2])
 def test_a_rollback_between_publication_and_ledger_stays(job, monkeypatch, to):
     job()
@@ -946,7 +1024,8 @@ def test_a_warm_start_goes_on_from_the_model_it_began_with(job):
     model = described(job.root / "models/1") | {"model_id": "other"}
     put(other / "model.json", json.dumps(model))
     known = registry.champion(job.root)
-    registry.publish(job.root, other, dataclasses.replace(known, run_id="other", model_id="other"))
+    changed = dataclasses.replace(known, run_id="other", model_id="other", files={})
+    registry.publish(job.root, other, changed)
     assert registry.champion(job.root).version == 2
     job.stages.fails = {"evaluate": 1}
     assert job("--warm_start", day=3, seed=2) == (FAILED, ["task", "evaluate"])

@@ -106,12 +106,18 @@ def test_the_same_files_and_bytes_as_on_a_local_root(roots):
     # What has times in it, and what holds checksums of that; the model's graph is named by chance.
     timed = ("metrics.json", "metrics.jsonl", "request.json", "index.html", "runs.jsonl",
              "version.json", "champion.json", "report.html", ".ckpt", "saved_model.pb",
-             "fingerprint.pb")  # fmt: skip
+             "fingerprint.pb", "checksums.json", "decision.json")  # fmt: skip
     same = [name for name in bucket if not name.endswith(timed) and "events.out" not in name]
     assert [name for name in same if bucket[name] != local[name]] == []
+    decisions = [name for name in bucket if name.endswith("/decision.json")]
+    assert len(decisions) == 2
+    for name in decisions:
+        one, other = (json.loads(files[name]) for files in (bucket, local))
+        assert one.pop("model_files").keys() == other.pop("model_files").keys()
+        assert one == other
     kinds = {Path(name).name for name in same}
     assert kinds > {
-        "manifest.json", "decision.json", "report.json", "model.json", "config.json",
+        "manifest.json", "report.json", "model.json", "config.json",
         "variables.data-00000-of-00001", "train-00000-of-00002.tfrecord",
     }  # fmt: skip
 

@@ -230,12 +230,23 @@ def test_model_json(exported, manifest):
     assert sorted(path.name for path in folder.iterdir()) == [
         "assets",
         "assets.extra",
+        "checksums.json",
         "fingerprint.pb",
         "metrics.jsonl",
         "model.json",
         "saved_model.pb",
         "variables",
     ]
+
+
+def test_every_file_is_noted_with_size_and_checksum(exported):
+    files = helpers.tree(exported[1])
+    noted = json.loads(files.pop("checksums.json"))
+    assert "variables/variables.data-00000-of-00001" in noted
+    assert noted == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
 
 
 def test_a_model_has_a_name_of_its_weights_and_its_data(manifest):

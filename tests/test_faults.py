@@ -38,7 +38,7 @@ FLAGS = (
 # What has times in it, or checksums of that; and a model's graph is named by chance.
 TIMED = ("metrics.json", "metrics.jsonl", "request.json", "index.html", "runs.jsonl",
          "version.json", "champion.json", "report.html", ".ckpt", "saved_model.pb",
-         "fingerprint.pb")  # fmt: skip
+         "fingerprint.pb", "checksums.json", "decision.json")  # fmt: skip
 HASTY = "from pipeline import gcs_client\ngcs_client.RETRY_SECONDS = 2.0\n"
 BIG = bytes(range(256)) * (gcs.SESSION_BYTES // 256 + 1)
 
@@ -84,6 +84,13 @@ def assert_the_same(root, undisturbed):
     same = [name for name in found if not name.endswith(TIMED) and "events.out" not in name]
     assert len(same) > 15
     assert [name for name in same if found[name] != undisturbed[name]] == []
+    decisions = [
+        [json.loads(files[name]) for name in sorted(files) if name.endswith("/decision.json")]
+        for files in (found, undisturbed)
+    ]
+    judged = [[decision.pop("model_files").keys() for decision in each] for each in decisions]
+    assert judged[0] == judged[1] != []
+    assert decisions[0] == decisions[1]
     calm = root_of("undisturbed")
     one, other = registry.champion(root), registry.champion(calm)
     assert (one.version, one.weights_sha256) == (1, other.weights_sha256)

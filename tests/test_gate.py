@@ -423,6 +423,7 @@ def test_force_where_it_was_not_needed():
     [
         ({"model_id": "old", "run_id": "before"}, True),
         ({"model_id": "new", "run_id": "run"}, True),  # carried out already
+        ({"model_id": "lost", "run_id": "run"}, False),  # the same run's, but another model
         ({"model_id": "other", "run_id": "before"}, False),  # rolled back since
         (None, False),
     ],

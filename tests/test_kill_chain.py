@@ -91,10 +91,13 @@ def result(root):
     # Each attempt writes an event file of its own, as TensorBoard expects, and chance names them.
     files = [name for name in helpers.tree(root) if "/tensorboard/" not in name]
     lines = [json.loads(line) for line in (root / "runs.jsonl").read_text().splitlines()]
+    decision = json.loads((report.parent.parent / "decision.json").read_text())
+    # A model's graph names its functions in the order of their making, which a kill changes.
+    decision["model_files"] = sorted(decision["model_files"])
     return {
         "champion": (champion.version, champion.run_id, champion.weights_sha256),
         "report": report.read_bytes(),
-        "decision": json.loads((report.parent.parent / "decision.json").read_text()),
+        "decision": decision,
         "files": files,
         "ledger": [line | {"time": None, "request": None} for line in lines],
         "page": shown(root),

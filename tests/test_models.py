@@ -1,11 +1,14 @@
+import hashlib
 import json
 
 import helpers
+import memory_bucket
 import numpy as np
 import pytest
 
-from pipeline import models
+from pipeline import checksums, gcs, models, storage
 from pipeline.command import InputError
+from pipeline.gcs import GcsPath
 
 
 @pytest.fixture
@@ -40,6 +43,64 @@ def test_a_model_that_names_other_classes(folder, trained_on, said):
         return
     with pytest.raises(InputError, match=f"^{folder}: {said}$"):
         models.require_scorable(folder, ("cat", "dog"))
+
+
+@pytest.fixture(params=["local", "bucket"])
+def noted(request, tmp_path, monkeypatch):
+    """A folder with two files and what was noted of them, here and in a bucket."""
+    place = tmp_path
+    if request.param == "bucket":
+        memory = memory_bucket.Bucket()
+        monkeypatch.setattr(gcs, "bucket", lambda name: memory)
+        place = GcsPath("bucket", "export")
+    else:
+        (place / "variables").mkdir()
+    for name, content in (("model.json", "{}"), ("variables/data", "weights")):
+        storage.write_atomic(place / name, content)
+    sums = checksums.plain(checksums.sums(place))
+    assert sums["model.json"] == {
+        "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest(),
+    }  # fmt: skip
+    assert sorted(sums) == ["model.json", "variables/data"]
+    storage.write_atomic(place / "checksums.json", json.dumps(sums))
+    return place
+
+
+def test_a_whole_export_whoever_added_to_it(noted):
+    assert models.damage(noted) is None
+    storage.write_atomic(noted / "a note.txt", "ours")
+    assert models.damage(noted) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "has 0 bytes, expected 7"),
+        (b"wei", "has 3 bytes, expected 7"),
+        (None, "missing"),
+    ],
+)
+def test_a_damaged_export(noted, content, said):
+    path = noted / "variables/data"
+    path.unlink() if content is None else storage.write_atomic(path, content)
+    assert models.damage(noted) == f"{path}: {said}"
+
+
+def test_a_flipped_bit_of_an_export(noted):
+    path = noted / "variables/data"
+    storage.write_atomic(path, b"weighty")
+    said = f"{path}: has another checksum than it was published with"
+    # A bucket keeps checksums of its own.
+    assert models.damage(noted) == (None if isinstance(noted, GcsPath) else said)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"model.json": {"bytes": 2}}', '{"a": 1}'])
+def test_checksums_that_cannot_be_read(noted, text):
+    path = noted / "checksums.json"
+    storage.write_atomic(path, text)
+    assert models.damage(noted) == f"{path}: not the checksums of files"
+    path.unlink()
+    assert models.damage(noted) is None  # as earlier versions exported it
 
 
 def test_curves(tmp_path):

@@ -15,6 +15,7 @@ import memory_bucket
 import pytest
 
 from pipeline import (
+    checksums,
     gcs,
     gcs_publish,
     index,
@@ -26,7 +27,7 @@ from pipeline import (
     storage,
     versions,
 )
-from pipeline.command import InputError, LockedError
+from pipeline.command import FailedError, InputError, LockedError
 from pipeline.gcs import GcsPath
 from pipeline.registry import Version
 
@@ -103,6 +104,36 @@ def test_versions_count_up_and_the_pointer_follows(root, tmp_path):
     assert (root / "models/2/variables/variables.index").read_text() == "bb"
     assert (root / "models/2/report.json").read_text() == '{"of": "b"}'
     assert names(root) == ["1", "2", "3", "champion.json"]
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing", "more"])
+def test_what_is_not_as_it_was_judged_is_not_published(root, tmp_path, harm):
+    first = publish(root, tmp_path, "a")
+    before = contents(root)
+    folder, version = make_model(tmp_path, "b")
+    version = dataclasses.replace(version, files=checksums.sums(folder))
+    path = folder / "variables/variables.index"
+    if harm == "changed":
+        path.write_text("b")
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path = folder / "more"
+        path.touch()
+    with pytest.raises(FailedError) as failed:
+        registry.publish(root, folder, version, report=tmp_path / "report.json")
+    assert str(failed.value) == (
+        f"{path}: is not as it was when the model was judged; nothing was published, and the same"
+        " command looks at it anew"
+    )
+    assert contents(root) == before
+    assert registry.champion(root) == first
+    path.unlink(missing_ok=True)
+    if harm != "more":
+        path.write_text("bb")
+    published = registry.publish(root, folder, version, report=tmp_path / "report.json")
+    assert published.files.items() > version.files.items()
+    assert published.files.keys() - version.files.keys() == {"report.json"}
 
 
 def test_champion_file_is_the_contract_and_the_versions_own(root, tmp_path):

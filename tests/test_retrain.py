@@ -1,5 +1,6 @@
 """The chain on small images: every stage in its own process, under one root."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -12,7 +13,7 @@ import time
 import pytest
 from helpers import ROOT, run_cli, tree
 
-from pipeline import plan, registry, retrain, stages, storage
+from pipeline import inference, plan, registry, retrain, stages, storage
 from pipeline.command import InputError, LockedError
 from pipeline.registry import Version
 
@@ -191,6 +192,31 @@ def test_killed_it_takes_its_stage_along_and_ends_the_same(first_run, root, smal
     report = run.relative_to(root) / "report/report.json"
     assert (root / report).read_bytes() == (first_run[0] / report).read_bytes()
     assert sorted({path.name for path in root.rglob(".*")}) == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["variables/variables.data-00000-of-00001", "model.json"])
+def test_a_model_that_lost_a_file_as_it_was_published_is_made_anew(root, small_idx, name):
+    (version,) = registry.versions(root)
+    decision = root / "runs" / version.run_id / "decision.json"
+    noted = json.loads(decision.read_text())["model_files"]
+    for lost in ("models", "runs.jsonl"):
+        storage.remove(root / lost)
+    file = decision.parent / "export" / name
+    size = file.stat().st_size
+    file.write_bytes(b"")
+    done = run_chain(root, small_idx)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert said.endswith(
+        f"the exported model is damaged and is made anew: {file}: has 0 bytes, expected {size}"
+    )
+    champion = registry.champion(root)
+    assert (champion.version, champion.weights_sha256) == (1, version.weights_sha256)
+    inference.load_checked(root / champion.path)
+    files = json.loads(decision.read_text())["model_files"]
+    assert files[name] == noted[name] == dataclasses.asdict(champion.files[name])
+    assert files.items() <= dataclasses.asdict(champion)["files"].items()
 
 
 def test_a_held_lock_ends_in_75(root, small_idx):

@@ -5,7 +5,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from pipeline import storage
+from pipeline import checksums, storage
 from pipeline.command import InputError
 from pipeline.gcs import GcsPath
 from trainer import run_folder, same_run
@@ -298,6 +298,24 @@ def test_a_run_is_finished_when_its_model_is_there(tmp_path):
     assert run_folder.is_finished(found, content())
     assert run_folder.is_finished(found, content(replicas=None, devices=None, input="auto"))
     assert not run_folder.is_finished(found, content(epochs=11))
+
+
+def test_a_run_whose_model_is_damaged_is_not_finished(tmp_path):
+    found = begun(tmp_path, "model")
+    weights = found.model / "weights"
+    weights.write_text("weights")
+    noted = checksums.plain(checksums.sums(found.model))
+    (found.model / "checksums.json").write_text(json.dumps(noted))
+    assert run_folder.is_finished(found, content())
+    weights.write_text("")
+    assert not run_folder.is_finished(found, content())
+    weights.write_text("weights")
+    (found.model / "model.json").write_text("")  # the other files of the run say whose it is
+    assert not run_folder.is_finished(found, content())
+    config_of(tmp_path)
+    run_folder.check_same_run(found, content())
+    with pytest.raises(InputError, match="holds a run with seed 22, not 23"):
+        run_folder.check_same_run(found, content(seed=23))
 
 
 def test_the_place_of_the_model_must_be_free_or_ours(tmp_path):

@@ -153,6 +153,7 @@ def test_a_run_folder_holds_what_the_contract_says(finished):
         "checkpoints/step-00001260.ckpt",
         "config.json",
         "export/assets.extra/tf_serving_warmup_requests",
+        "export/checksums.json",
         "export/fingerprint.pb",
         "export/metrics.jsonl",
         "export/model.json",

@@ -122,6 +122,28 @@ def test_published_whole(tmp_path, exists):
     assert names(tmp_path / "a") == ["final"]
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch, replace):
+    final = tmp_path / "final"
+    if replace:
+        final.mkdir()
+        (final / "old").touch()
+    flushed, flush = [], os.fsync
+
+    def note(descriptor):
+        assert not (final / "file").exists()
+        flushed.append(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with storage.published_whole(final, replace=replace) as staging:
+        (staging / "file").write_bytes(b"1")
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_bytes(b"2")
+    assert helpers.tree(final) == {"file": b"1", "sub/file": b"2"}
+    assert {(final / name).stat().st_ino for name in ("file", "sub/file")} <= set(flushed)
+
+
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_failure_leaves_nothing(tmp_path, exists, error):

@@ -783,3 +783,11 @@ def test_what_is_trained_already(tmp_path, found, asked, is_done):
         (tmp_path / "export").mkdir()
         (tmp_path / "export/model.json").write_text(json.dumps(found))
     assert vertex.is_trained(str(tmp_path), asked) is is_done
+
+
+def test_what_is_damaged_is_not_trained_yet(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/model.json").write_text('{"config": {"epochs": 3}}')
+    assert vertex.is_trained(str(tmp_path), {"epochs": 3})
+    (tmp_path / "export/checksums.json").write_text('{"weights": {"bytes": 1, "sha256": ""}}')
+    assert not vertex.is_trained(str(tmp_path), {"epochs": 3})

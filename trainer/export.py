@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline import __version__, storage
+from pipeline import __version__, checksums, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import IMAGE_SHAPE, NUM_PIXELS, Manifest
+from pipeline.models import SUMS_FILE
 from pipeline.records import SCALE_TABLE, weights_sha256
 from trainer import run_folder
 from trainer.checkpoints import Progress
@@ -137,7 +138,7 @@ def export(
     """Publishes the folder that is evaluated and served; it appears whole, or not at all.
 
     Before it gets its name, a fresh process loads it and answers as the trainer does. A model
-    of the same run with fewer epochs is replaced.
+    of the same run with fewer epochs, or one that is damaged, is replaced.
 
     Args:
         apply: the network's function.
@@ -162,6 +163,8 @@ def export(
         shutil.copyfile(places.metrics, staging / run_folder.METRICS_FILE)
         text = json.dumps(description, indent=2) + "\n"
         storage.write_atomic(staging / run_folder.MODEL_FILE, text)
+        noted = checksums.plain(checksums.sums(staging))
+        storage.write_atomic(staging / SUMS_FILE, json.dumps(noted, indent=2) + "\n")
         began = time.monotonic()
         compare(fresh.ask(staging, images), weights, expected)
         log.info(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from pipeline import storage
+from pipeline import models, storage
 from pipeline.command import InputError, log
 from pipeline.dataset import Manifest, check_files, load_manifest
 from pipeline.storage import Place
@@ -140,6 +140,8 @@ def _is_done(job: Job) -> bool:
     run_folder.tidy(job.places)
     if run_folder.is_finished(job.places, job.content):
         return True
+    if (problem := models.damage(job.places.model)) is not None:
+        log.warning("the exported model is damaged and is made anew: %s", problem)
     run_folder.make(job.mirror.here)
     storage.write_atomic(job.places.config, json.dumps(job.content, indent=2) + "\n")
     return False

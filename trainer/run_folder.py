@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from pipeline import storage
+from pipeline import models, storage
 from pipeline.command import InputError, LockedError
 from pipeline.storage import Place
 from trainer import same_run
@@ -152,12 +152,11 @@ def begun(places: Places) -> Iterator[tuple[Place, Any]]:
     """
     from trainer import checkpoints
 
-    for path, content_of in (
-        (places.config, lambda found: found),
-        (places.model / MODEL_FILE, _content_of_model),
-    ):
-        if path.is_file():
-            yield path, content_of(_read(path))
+    if places.config.is_file():
+        yield places.config, _read(places.config)
+    path = places.model / MODEL_FILE
+    if path.is_file() and not _lost_its_description(places):
+        yield path, _content_of_model(_read(path))
     if (found := checkpoints.newest(places.checkpoints)) is not None:
         yield found
 
@@ -167,6 +166,12 @@ def _read(path: Place) -> Any:
     with contextlib.suppress(ValueError, OSError):
         return json.loads(path.read_text())
     return None
+
+
+def _lost_its_description(places: Places) -> bool:
+    """Whether an exported model does not say any more whose it is, and once did."""
+    content = _content_of_model(_read(places.model / MODEL_FILE))
+    return content is None and models.damage(places.model) is not None
 
 
 def _content_of_model(description: Any) -> Any:
@@ -197,7 +202,7 @@ def earlier_input(places: Places) -> Literal["resident", "stream"] | None:
 
 
 def is_finished(places: Places, asked: dict[str, Any]) -> bool:
-    """Whether the model of this very run is exported, with as many epochs as are asked for.
+    """Whether the model of this very run is exported, whole, with as many epochs as are asked for.
 
     Raises:
         InputError: the place of the model is taken by something else.
@@ -207,9 +212,11 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
         if not storage.is_unsettled(places.model):
             storage.require_absent(places.model)
         return False
+    if _lost_its_description(places):
+        return False
     found = _content_of_model(_read(path))
     same_run.require_same(path, found, asked)
-    return found["epochs"] >= asked["epochs"]
+    return found["epochs"] >= asked["epochs"] and models.damage(places.model) is None
 
 
 def tidy(places: Places) -> None:

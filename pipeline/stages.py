@@ -198,9 +198,9 @@ def ask_trainer(arguments: Sequence[str], *, initial_weights: Place | None = Non
         env=os.environ | {command.STAGE_VARIABLE: "trainer.task"},
         preexec_fn=_dies_with(os.getpid()),
     )
-    said = answer.stderr.strip()
+    # A library of this process may speak first, in the child: gRPC does, of a fork.
+    said = answer.stderr.rpartition("python -m trainer.task: error: ")[2].strip()
     if answer.returncode in (command.BAD_INPUT, command.UNREACHABLE):
-        said = said.removeprefix("python -m trainer.task: error: ")
         if answer.returncode == command.UNREACHABLE:
             raise UnreachableError(said)
         raise InputError(said or f"trainer.task refuses its flags: {' '.join(arguments)}")

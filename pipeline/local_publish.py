@@ -25,11 +25,9 @@ from pipeline.locks import LOCK_NAME
 
 JOURNAL_NAME = ".moving"
 # Where a folder cannot be renamed, before anything was changed. EMFILE is Cloud Storage FUSE's: too
-# many objects in it, by default more than none.
-REFUSALS = (
-    errno.EMFILE, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EIO,
-    errno.EXDEV, errno.EINVAL,
-)  # fmt: skip
+# many objects in it, by default more than none. EIO is not among them: what a failing disk cannot
+# rename, it is not to remove either.
+REFUSALS = (errno.EMFILE, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
 
 
 @contextlib.contextmanager
@@ -139,6 +137,7 @@ def _put_in_place(fresh: Path, place: Path, aside: Path, last: str, *, replace: 
         elif path != fresh / last:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+    storage.flush(place)
     storage.write_atomic(place / last, (fresh / last).read_bytes())
 
 

@@ -510,7 +510,7 @@ def put_new_over(final):
 # Where folders cannot be renamed, as in a bucket that Cloud Storage FUSE has mounted
 
 RENAME = Path.rename
-REFUSALS = ("EMFILE", "ENOSYS", "EPERM", "EIO", "EXDEV", "ENOTSUP")
+REFUSALS = ("EMFILE", "ENOSYS", "EXDEV", "ENOTSUP")
 LAST = "file"  # without which the folders of these tests are nothing
 
 
@@ -606,6 +606,27 @@ def test_a_copy_that_fails_brings_back_what_could_be_moved_aside(old, monkeypatc
     assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
     put_newer(old, replace=True, left_out=("left",))
     assert helpers.tree(old) == NEWER and names(old.parent) == ["final"]
+
+
+def test_what_a_failing_disk_cannot_rename_is_not_removed(old, monkeypatch):
+    refuse_folders("EIO", monkeypatch.setattr)
+    with pytest.raises(OSError, match="Errno 5"):
+        put_newer(old, replace=True)
+    assert helpers.tree(old) == OLD and names(old.parent) == ["final"]
+
+
+def test_a_copy_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
+    final, fsync, synced = tmp_path / "final", os.fsync, []
+
+    def noted(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    refuse_folders("EMFILE", monkeypatch.setattr)
+    monkeypatch.setattr(storage.os, "fsync", noted)
+    put_newer(final, left_out=("left",))
+    assert final / "deep/er/other" in synced
+    assert synced[-1].parent == final and synced[-1].name.startswith(f".{LAST}.")
 
 
 def test_one_that_nothing_names_cannot_be_copied(old, monkeypatch):

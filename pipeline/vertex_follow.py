@@ -156,14 +156,17 @@ class Training:
                 raise JobError(f"{job.name}: its state is not told any more: {error}") from None
 
     def _lock_lapses(self, ended: Job) -> bool:
-        """Waits as long as a lock takes to lapse; whether nobody renewed it meanwhile.
+        """Waits as long as the trainer's lock takes to lapse; whether nobody renewed it meanwhile.
 
         It is then that of a trainer which was killed, and started again at once: as often as a
         machine is taken away so soon.
         """
         lock = gcs.parse(self.task.folder) / leases.LOCK_NAME
-        _, lapse = leases.times()
         found = lock.find()
+        try:
+            lapse = leases.parse_owner(lock.read_bytes()).lapse_seconds
+        except FileNotFoundError:  # it has just been given up
+            return True
         log.info("%s: %s; once more in %g seconds", ended.name, ended.error, lapse)
         time.sleep(lapse)
         return lock.find() in (found, None)

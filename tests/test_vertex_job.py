@@ -12,6 +12,7 @@ import pytest
 from helpers import run_cli
 
 from pipeline import (
+    leases,
     plan,
     retrain,
     trainers,
@@ -608,7 +609,10 @@ STANDING = Stat(0, 7, "", datetime.datetime.now(datetime.UTC))
 def lock(monkeypatch):
     """What is found of the lock of the run folder, one after the other; the last one stays."""
     found = [STANDING]
-    monkeypatch.setattr(vertex_follow.leases, "times", lambda: (0.001, 0.01))
+    owner = leases.Owner(host="h", pid=1, token="t", beat=3, lapse_seconds=0.01)
+    content = leases.owner_json(owner)  # of the trainer: its machine may have other times
+    monkeypatch.setattr(vertex_follow.gcs.GcsPath, "read_bytes", lambda path: content)
+    monkeypatch.setenv(leases.VARIABLE, "1e9")
 
     def find(path):
         assert str(path) == f"{TASK.run_dir}/.lock"

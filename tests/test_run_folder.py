@@ -310,6 +310,9 @@ def test_a_run_whose_model_is_damaged_is_not_finished(tmp_path):
     weights.write_text("")
     assert not run_folder.is_finished(found, content())
     weights.write_text("weights")
+    (found.model / "model.json").unlink()
+    assert not run_folder.is_finished(found, content())
+    assert run_folder.holds_model(found.model)
     (found.model / "model.json").write_text("")  # the other files of the run say whose it is
     assert not run_folder.is_finished(found, content())
     config_of(tmp_path)
@@ -323,6 +326,7 @@ def test_the_place_of_the_model_must_be_free_or_ours(tmp_path):
     with pytest.raises(InputError, match=r"export: holds a run with input stream, not resident"):
         run_folder.is_finished(found, content())
     (found.model / "model.json").unlink()
+    assert not run_folder.holds_model(found.model)
     (found.model / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="already holds files"):
         run_folder.is_finished(found, content())

@@ -153,7 +153,7 @@ def export(
     """
     if not all(np.isfinite(weight).all() for weight in weights):
         raise InputError("the weights are not finite; a smaller --learning_rate may help")
-    again = (places.model / run_folder.MODEL_FILE).is_file()
+    again = run_folder.holds_model(places.model)
     with (
         storage.published_whole(places.model, replace=again, last=run_folder.MODEL_FILE) as staging,
         fresh_process() as fresh,

@@ -30,7 +30,7 @@ from pipeline.leases import Lease
 from pipeline.storage import Place
 from trainer import run_folder
 from trainer.checkpoints import PATTERN
-from trainer.run_folder import METRICS_FILE, MODEL_FILE, Places
+from trainer.run_folder import METRICS_FILE, MODEL_FILE, Places, holds_model
 from trainer.uploads import Background, Copies, Pair
 
 END_SECONDS = 20.0  # that a process which is told to end takes at most to upload the last
@@ -151,7 +151,7 @@ class Mirror:
         with _told():
             for lease in self._leases:
                 lease.renew()
-            again = (final / MODEL_FILE).is_file()
+            again = holds_model(final)
             with storage.published_whole(final, replace=again, last=MODEL_FILE) as staging:
                 for path, target in _pairs(self.here.model, staging, "*"):
                     self._check()

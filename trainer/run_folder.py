@@ -209,7 +209,7 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
     """
     path = places.model / MODEL_FILE
     if not path.is_file():
-        if not storage.is_unsettled(places.model):
+        if not storage.is_unsettled(places.model) and models.damage(places.model) is None:
             storage.require_absent(places.model)
         return False
     if _lost_its_description(places):
@@ -217,6 +217,11 @@ def is_finished(places: Places, asked: dict[str, Any]) -> bool:
     found = _content_of_model(_read(path))
     same_run.require_same(path, found, asked)
     return found["epochs"] >= asked["epochs"] and models.damage(places.model) is None
+
+
+def holds_model(folder: Place) -> bool:
+    """Whether what is there was exported once, be it damaged: it may be replaced."""
+    return any((folder / name).is_file() for name in (MODEL_FILE, models.SUMS_FILE))
 
 
 def tidy(places: Places) -> None:

@@ -6,12 +6,15 @@ import re
 
 MAX_TEXT = 400  # characters of what a service says
 
+IS = r"[\\\"']*\s*[:=]\s*[\\\"']*"  # between a name and its value, maybe quoted, and that again
+VALUE = r"[^\s\\\"',;&]+"
+
 # Should a server or a proxy repeat it: tokens, passwords, keys, signed claims and addresses.
 SECRETS = re.compile(
-    r"(?P<kept>(?i:authorization[\"']?\s*[:=]\s*[\"']?))(?!\(left out\))"
-    r"(?i:(?:basic|bearer|digest)\s+)?[^\s\"',;]+"
-    r"|(?i:bearer\s+|(?:token|passw(?:or)?d|secret|api_?key|signature)[\"']?\s*[:=]\s*[\"']?)"
-    r"[^\s\"',;&]+"
+    rf"(?P<kept>(?i:authorization{IS}))(?!\(left out\))(?i:(?:basic|bearer|digest)\s+)?{VALUE}"
+    rf"|(?i:bearer\s+|(?:passw(?:or)?d|pwd|secret|api[_-]?key|cookie){IS}){VALUE}"
+    # Not of a lexer's "unexpected token: x" and a model's "missing signature: x".
+    rf"|(?i:token(?:=|[\\\"']+\s*[:=]|(?<=[_-]token)\s*:)\s*[\\\"']*|signature=){VALUE}"
     r"|(?<=://)[^\s/@]+(?=@)"
     r"|ya29\.[\w.-]+|AIza[\w-]+|eyJ[\w-]+\.[\w.-]+"
     r"|-----BEGIN [A-Z ]+-----.*?(?:-----END [A-Z ]+-----|$)",

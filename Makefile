@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ROOT ?= out
 SOURCE ?= auto
 ARGS ?=
+TESTS ?= cloud
 BUCKET ?= digits
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +37,7 @@ campaign: $(INSTALLED) ## run the long series of tests (SHARE=2 runs two cases o
 cloud-check: $(INSTALLED) ## install the cloud extra and a Cloud Storage in memory, and run what needs them (go)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[report,cloud,dev]'
 	$(BIN)/python tests/engines/install.py emulator
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m cloud $(if $(SHARE),--share $(SHARE))
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '$(TESTS)' $(if $(SHARE),--share $(SHARE))
 
 engines: $(INSTALLED) ## install Prism and Flink, and show that they write the same bytes (go, java, mvn)
 	$(BIN)/python tests/engines/install.py prism flink

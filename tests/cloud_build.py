@@ -136,14 +136,9 @@ class Machine:
     def check_out(self):
         """A fresh workspace: the files, and an environment in which all is installed."""
         shutil.rmtree(self.workspace, ignore_errors=True)
-        listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-            cwd=helpers.ROOT, capture_output=True, text=True, check=True,
-        ).stdout.split()  # fmt: skip
-        for name in listed:
-            if (helpers.ROOT / name).is_file():
-                (self.workspace / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(helpers.ROOT / name, self.workspace / name)
+        for name in helpers.source_files():
+            (self.workspace / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(helpers.ROOT / name, self.workspace / name)
         venv = self.workspace / ".venv"
         venv.mkdir()
         for path in Path(sys.prefix).iterdir():

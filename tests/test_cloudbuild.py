@@ -9,7 +9,9 @@ test_vertex.py, which run what they are sent in that same environment; for bucke
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import cloud_build
@@ -153,9 +155,43 @@ def test_the_emulator_is_the_pinned_one_and_where_it_is_looked_for():
     assert install.EMULATOR.parent == helpers.ROOT / ".engines"
 
 
+def test_its_own_checks_rehearse_no_build():
+    """A build has no Go where its tests run, and is itself what would be rehearsed."""
+    (line,) = [text for text in STEPS["cloud"]["args"] if "make" in text]
+    assert line.endswith("make cloud-check SHARE=1 TESTS='cloud and not rehearsal'")
+    made = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", *shlex.split(line.partition("make ")[2])],
+        cwd=helpers.ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert made.splitlines()[-1].endswith("-m 'cloud and not rehearsal' --share 1")
+    assert "rehearsal" not in (helpers.ROOT / ".ci/run").read_text()
+
+
+def test_an_upload_without_git_lists_the_same_files(tmp_path):
+    """`gcloud builds submit` brings neither .git nor .gitignore nor what that names."""
+    kept = ("Makefile", "a b", "pipeline/x.py", "pipeline/out/x", ".ci/run", ".gitignore")
+    left_out = (
+        ".git/HEAD", "pipeline/__pycache__/x.pyc", ".venv/bin/python", ".engines/server", "out/x",
+        "x.egg-info/PKG-INFO", "tests/.pytest_cache/x", "build/x",
+    )  # fmt: skip
+    for name in (*kept, *left_out):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert helpers.source_files(tmp_path) == sorted(kept)
+
+
+def test_what_is_no_source_is_what_git_ignores():
+    if not (file := helpers.ROOT / ".gitignore").is_file():
+        pytest.skip("an upload holds no .gitignore")
+    assert {".git/", *file.read_text().split()} == {
+        "/out/", *(f"{name}/" for name in helpers.NO_SOURCES)
+    }  # fmt: skip
+
+
 # What it does
 
 pytest_cloud = pytest.mark.cloud
+rehearsal = pytest.mark.rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +354,7 @@ def told(done):
 
 
 @pytest_cloud
+@rehearsal
 def test_the_steps_one_after_another(cloud):
     machine, (dataflow, vertex), values = cloud
     done = machine.build(BUILD, VALUES | values)
@@ -339,6 +376,7 @@ def test_the_steps_one_after_another(cloud):
 
 
 @pytest_cloud
+@rehearsal
 def test_the_same_commit_again_makes_nothing(cloud):
     """As every night on which neither the code nor the data has changed."""
     machine, (dataflow, vertex), values = cloud
@@ -351,6 +389,7 @@ def test_the_same_commit_again_makes_nothing(cloud):
 
 
 @pytest_cloud
+@rehearsal
 def test_what_does_not_pass_makes_no_image(image, tmp_path):
     machine = cloud_build.Machine(
         tmp_path, image, f"{IMAGE}:{COMMIT}", {"PYTEST_ADDOPTS": "tests/no_such_test.py"}

@@ -78,7 +78,7 @@ def finish(root: Place, request: Request, stages: Stages) -> int:
         ends.close(root, request, stages, outcome="failed", reason=str(error))
         raise
     _carry_out(root, request, stages, verdict)
-    show_outcome(run_dir, registry.champion(root))
+    show_outcome(run_dir)
     return command.DONE if verdict.decision["promoted"] else command.KEPT_CHAMPION
 
 
@@ -213,14 +213,11 @@ def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registr
     return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT)
 
 
-def show_outcome(
-    run_dir: Place, champion: registry.Version | None, *, title: str | None = None
-) -> None:
-    """Prints the decision on a run and who is the champion.
+def show_outcome(run_dir: Place, *, title: str | None = None) -> None:
+    """Prints the decision on a run.
 
     Args:
         run_dir: the run's folder, which may have been pruned.
-        champion: if there is one.
         title: of the data; where given, the report's table comes first.
     """
     if (decision := plan.read_json(run_dir / DECISION_FILE)) is not None:
@@ -230,5 +227,9 @@ def show_outcome(
             show(f"report: {run_dir / 'report' / 'report.html'}")
         outcome = "promoted" if decision["promoted"] else "not promoted"
         show(f"{outcome}: {decision['reason']}")
+
+
+def show_champion(champion: registry.Version | None) -> None:
+    """Prints who is the champion, if there is one: the line by which a retrain's end is known."""
     if champion is not None:
         show(f"champion: version {champion.version}, of run {champion.run_id}")

@@ -133,7 +133,10 @@ def run(config: RetrainConfig, training: Training, source: Source, stages: Stage
 
 
 def _work(config: RetrainConfig, training: Training, source: Source, stages: Stages) -> int:
-    """Finishes what was begun, then does what was asked for, unless nothing is new."""
+    """Finishes what was begun, then does what was asked for, unless nothing is new.
+
+    Whichever way it comes to its end, it says in the end who is champion.
+    """
     root = config.root
     code, finished = command.DONE, None
     state = states.look(root)
@@ -151,11 +154,15 @@ def _work(config: RetrainConfig, training: Training, source: Source, stages: Sta
         if settled["run_id"] != finished:
             log.info("%s", _nothing_new(settled, state))
             folder = plan.run_folder(root, settled["run_id"])
-            chain.show_outcome(folder, state.champion, title=source.describe()["title"])
+            chain.show_outcome(folder, title=source.describe()["title"])
+        chain.show_champion(state.champion)
         return code
     stages.hold()
     plan.write_request(root, request)
-    return chain.finish(root, request, stages)
+    code = chain.finish(root, request, stages)
+    if code in (command.DONE, command.KEPT_CHAMPION):
+        chain.show_champion(registry.champion(root))
+    return code
 
 
 def _taken_up(begun: Request, config: RetrainConfig, training: Training) -> Request:

@@ -692,6 +692,49 @@ def test_nothing_new_is_said_although_a_file_is_torn(job, name, capsys):
     assert "champion: version 1, of run day1-core-" in capsys.readouterr().out
 
 
+def changes_again(job, monkeypatch):
+    """The source changes once more, between being opened and being read."""
+    begin = plan.write_request
+
+    def late(root, request):
+        begin(root, request)
+        job.change()
+
+    job.change()
+    monkeypatch.setattr(plan, "write_request", late)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "seed", "accuracy", "code", "version"),
+    [
+        (lambda job, patch: None, 22, 0.9, 0, 1),  # settled
+        (lambda job, patch: job.touch(), 22, 0.9, 0, 1),  # a twin
+        (changes_again, 22, 0.9, 0, 1),  # abandoned
+        (lambda job, patch: None, 5, 0.9, 0, 2),  # promoted
+        (lambda job, patch: None, 5, 0.8, KEPT, 1),
+    ],
+    ids=["settled", "twin", "abandoned", "promoted", "kept"],
+)
+def test_what_comes_to_its_end_says_who_is_champion(
+    job, meanwhile, seed, accuracy, code, version, monkeypatch, capsys
+):
+    job()
+    job.stages.accuracy = accuracy
+    meanwhile(job, monkeypatch)
+    capsys.readouterr()
+    assert job(day=2, seed=seed)[0] == code
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("champion")]
+    assert said == [f"champion: version {version}, of run {registry.champion(job.root).run_id}"]
+
+
+def test_what_fails_does_not(job, capsys):
+    job()
+    job.stages.fails = {"task": FAILED}
+    capsys.readouterr()
+    assert job(day=2, seed=5)[0] == FAILED
+    assert "champion:" not in capsys.readouterr().out
+
+
 def test_a_run_that_was_pruned_as_a_whole_is_still_judged(job):
     job()
     job.stages.accuracy = 0.8

@@ -231,7 +231,7 @@ def test_cloud_monitoring_knows_every_field_of_the_alert_on_silence():
     assert 0 < absent.duration.seconds <= 23.5 * 3600
 
 
-def test_the_metric_counts_what_a_retrain_says_in_the_end(tmp_path, capsys):
+def test_the_metric_counts_what_a_retrain_says_in_the_end(capsys):
     (name,) = re.findall(r"user/(\w+)", FILES[3]["conditions"][0]["conditionAbsent"]["filter"])
     (line,) = [words for text in SHELL for words in commands(text) if name in words]
     assert line[:5] == ["gcloud", "logging", "metrics", "create", name]
@@ -240,7 +240,7 @@ def test_the_metric_counts_what_a_retrain_says_in_the_end(tmp_path, capsys):
         version=12, path="models/12", model_id="m", weights_sha256="w", dataset_id="d",
         run_id="day-core-0", accuracy=0.9, class_names=["0"], sources=["digits"],
     )  # fmt: skip
-    chain.show_outcome(tmp_path, champion)
+    chain.show_champion(champion)
     assert re.search(pattern, f'Step #7 - "retrain": {capsys.readouterr().out}')
 
 

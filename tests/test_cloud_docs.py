@@ -244,6 +244,57 @@ def test_the_metric_counts_what_a_retrain_says_in_the_end(capsys):
     assert re.search(pattern, f'Step #7 - "retrain": {capsys.readouterr().out}')
 
 
+def run_block(text, folder, script=""):
+    """Runs a block where gcloud and sleep note what they are told; returns [[program, argument]].
+
+    Args:
+        text: the block.
+        folder: for the stand-ins.
+        script: what gcloud does besides.
+    """
+    for name, own in (("gcloud", script), ("sleep", "")):
+        program = folder / name
+        noted = f"printf '%s\\0' {name} \"$@\" >> '{folder}/asked'; echo >> '{folder}/asked'"
+        program.write_text(f"#!/bin/bash\n{noted}\n{own}\n")
+        program.chmod(0o755)
+    env = NAMES | {"CHANNEL": "channel", "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [line.split("\0")[:-1] for line in (folder / "asked").read_text().splitlines()]
+
+
+def settings(flag):
+    """What gcloud makes of `--update-substitutions`, whose first characters may set its comma."""
+    _, _, text = flag.partition("=")
+    _, comma, pairs = text.split("^", 2) if text.startswith("^") else ("", ",", text)
+    return dict(pair.split("=", 1) for pair in pairs.split(comma))
+
+
+def test_both_triggers_are_told_the_same(tmp_path):
+    """They work on one root: of two sources, one would be trained on over the other's champion."""
+    told = {}
+    blocks = [text for text in SHELL if "triggers update" in text]
+    for text in blocks:
+        for words in run_block(text, tmp_path):
+            if words[1:4] == ["builds", "triggers", "update"]:
+                told.setdefault(words[5], {}).update(settings(words[-1]))
+        (tmp_path / "asked").unlink()
+        assert told["digits-push"] == told["digits-nightly"]
+    assert len(blocks) == 2
+    assert told["digits-push"]["_SOURCE"] == "images:gs://my-project-1-digits/scans"
+    assert told["digits-push"]["_EXTRAS"] == "report,cloud,gpu"
+    assert set(told) == set(re.findall(r"triggers create \w+ --name=(\S+)", PAGE))
+
+
+@pytest.mark.parametrize(("refusals", "asked"), [(0, 1), (9, 10), (99, 15)])
+def test_a_metric_that_is_not_known_yet_is_waited_for(refusals, asked, tmp_path):
+    (text,) = [text for text in SHELL if "silence.json" in text]
+    refuse = f"[[ $* != *silence* || $(grep -c silence '{tmp_path}/asked') -gt {refusals} ]]"
+    found = run_block(text, tmp_path, refuse)
+    assert [words[1:4] for words in found].count(["alpha", "monitoring", "policies"]) == asked
+    assert found.count(["sleep", "60"]) == min(refusals, 15)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (helpers.ROOT / "docs" / target).is_file(), target

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shlex
 from collections.abc import Sequence
 
-from pipeline import judging, options, plan, registry, trainers
+from pipeline import judging, options, plan, registry, runners, trainers
+from pipeline.dataset import load_manifest
 from pipeline.plan import REPORT, Request
+from pipeline.sources import Source
 from pipeline.storage import Place
 
 
@@ -52,6 +56,29 @@ def left(
     if not is_champion and not judging.compares(plan.read_json(run_dir / REPORT), compared):
         found.append(judging.command_line(root, request, dataset_dir, compared))
     return found
+
+
+def dataflow_request(commands: Sequence[Sequence[str]], source: Source | None) -> str | None:
+    """The exact request for the next job on Dataflow, as JSON; None where there is none yet.
+
+    That of an evaluation is made of its model: it can be told once nothing is left before it.
+
+    Args:
+        commands: that are left of a run.
+        source: of its dataset, where it is open already.
+    """
+    if not commands or not runners.is_dataflow(commands[0]):
+        return None
+    from pipeline import evaluate, preprocess
+
+    module, *arguments = commands[0]
+    if module == preprocess.PROG:
+        config = dataclasses.replace(preprocess.parse(arguments), dry_run=True)
+        sent = preprocess.sent(config, source or options.open_sources_of(config))
+    else:
+        scored = evaluate.parse(arguments)
+        sent = evaluate.sent(scored, load_manifest(scored.dataset_dir))
+    return json.dumps(sent, indent=2)
 
 
 def text(commands: Sequence[Sequence[str]]) -> str:

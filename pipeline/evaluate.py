@@ -211,15 +211,11 @@ def plan(config: EvaluateConfig, manifest: Manifest) -> dict[str, Any]:
     """What the command would read, write, and send to a service; does none of it."""
     from pipeline.predictions import file_name
 
-    job = Job(config=config, manifest=manifest, directory=config.report_dir)
-    options = runners.beam_options(config.beam_arguments)
-    work = work_of(config, manifest, config.report_dir)
-    sent = runners.request(options, lambda root: build(root, job), work)
     split = manifest.splits[config.split]
     count = len(split.shards)
     predictions = [f"{PREDICTIONS}/{file_name(shard, count)}" for shard in range(count)]
     return {
-        "runner": options.get_all_options()["runner"],
+        "runner": runners.beam_options(config.beam_arguments).get_all_options()["runner"],
         "reads": {
             "models": [str(folder) for folder in (config.model_dir, *config.others)],
             "dataset": str(config.dataset_dir),
@@ -233,7 +229,15 @@ def plan(config: EvaluateConfig, manifest: Manifest) -> dict[str, Any]:
                 *(CLASSES_FILE, CONFUSION_FILE, PAGE_FILE, REPORT_FILE),
             ],
         },
-    } | sent
+    } | sent(config, manifest)
+
+
+def sent(config: EvaluateConfig, manifest: Manifest) -> dict[str, Any]:
+    """What the command would send to a service."""
+    job = Job(config=config, manifest=manifest, directory=config.report_dir)
+    options = runners.beam_options(config.beam_arguments)
+    work = work_of(config, manifest, config.report_dir)
+    return runners.request(options, lambda root: build(root, job), work)
 
 
 def work_of(config: EvaluateConfig, manifest: Manifest, folder: Place) -> runners.Work:

@@ -164,10 +164,6 @@ def execute(config: PreprocessConfig) -> int:
 def plan(config: PreprocessConfig, source: Source, identity: str) -> dict[str, Any]:
     """What the command would read, write, and send to a service; does none of it."""
     _require_examples(source.part_sizes)
-    job = make_job(config, source, config.output_dir)
-    work = runners.Work(stage=STAGE, output=config.output_dir)
-    options = runners.beam_options(config.beam_arguments)
-    sent = runners.request(options, lambda root: build(root, job), work)
     files = [
         shard_name(split, index, config.num_shards, config.compression)
         for split in SPLITS
@@ -175,13 +171,21 @@ def plan(config: PreprocessConfig, source: Source, identity: str) -> dict[str, A
     ]
     return {
         "already_there": existing.is_there(config, identity),
-        "runner": options.get_all_options()["runner"],
+        "runner": runners.beam_options(config.beam_arguments).get_all_options()["runner"],
         "reads": {"sources": source.specs, "images": source.part_sizes, "in": len(source.blocks())},
         "writes": {
             "folder": str(config.output_dir),
             "files": [*files, f"{QUARANTINE_NAME}/{RECORDS_NAME}", METRICS_NAME, MANIFEST_NAME],
         },
-    } | sent
+    } | sent(config, source)
+
+
+def sent(config: PreprocessConfig, source: Source) -> dict[str, Any]:
+    """What the command would send to a service."""
+    job = make_job(config, source, config.output_dir)
+    work = runners.Work(stage=STAGE, output=config.output_dir)
+    options = runners.beam_options(config.beam_arguments)
+    return runners.request(options, lambda root: build(root, job), work)
 
 
 def make_job(config: PreprocessConfig, source: Source, directory: storage.Place) -> Job:

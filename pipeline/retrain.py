@@ -78,9 +78,8 @@ def execute(config: RetrainConfig) -> int:
         settled = find_settled(config, request, state)
         said = None if settled is None else _nothing_new(settled, state)
         show(plan.describe(state, request, said))
-        names = {request.fingerprint: source.class_names}
         runs = _runs(config, training, request, state, said)
-        _show_runs(config.root, runs, state.champion, names)
+        _show_runs(config.root, runs, state.champion, {request.fingerprint: source})
         return command.DONE
     with storage.locked(config.root, outlasts=True) as lock, Stages(lock) as stages:
         return run(config, training, source, stages)
@@ -100,22 +99,50 @@ def _show_runs(
     root: Place,
     runs: Sequence[Request],
     champion: registry.Version | None,
-    class_names: Mapping[str, Sequence[str]],
+    sources: Mapping[str, Source],
 ) -> None:
-    """Prints the commands of the stages of runs, and then the exact requests to a service.
+    """Prints the commands of the stages of runs, and then the exact requests to services.
 
     Args:
         root: the root.
         runs: what is to be done.
         champion: as things stand.
-        class_names: of the datasets that are known, by fingerprint.
+        sources: that are open, by fingerprint.
     """
+    left = []
     for each in runs:
-        left = commands.left(root, each, champion, class_names.get(each.fingerprint))
-        show(f"\n{commands.text(left)}")
-    for each in runs:
-        if (job := trainers.job_request(root, each)) is not None:
-            show(job)
+        source = sources.get(each.fingerprint)
+        names = None if source is None else source.class_names
+        left.append(commands.left(root, each, champion, names))
+        show(f"\n{commands.text(left[-1])}")
+    for each, todo in zip(runs, left, strict=True):
+        for text in (
+            _dataflow_request(each, todo, sources.get(each.fingerprint)),
+            trainers.job_request(root, each),
+        ):
+            if text is not None:
+                show(text)
+
+
+def _dataflow_request(
+    request: Request, left: Sequence[Sequence[str]], source: Source | None
+) -> str | None:
+    """The exact request for a run's next job on Dataflow; of one that was begun, where it can be.
+
+    Args:
+        request: of the run.
+        left: the commands that are left of it.
+        source: where it is open: of what is asked for now.
+    """
+    try:
+        return commands.dataflow_request(left, source)
+    except UnreachableError:
+        raise
+    except InputError as error:
+        if source is not None:
+            raise
+        log.warning("run %s: its next request cannot be told: %s", request.run_id, error)
+        return None
 
 
 def run(config: RetrainConfig, training: Training, source: Source, stages: Stages) -> int:

@@ -6,6 +6,7 @@ import pytest
 from test_chain import ALL, bucket, bucket_job, job, local_job, make_job  # noqa: F401
 
 from pipeline import commands, plan, registry, retrain, state
+from pipeline.command import InputError
 from pipeline.stages import Training
 
 
@@ -93,3 +94,36 @@ def test_a_run_that_was_decided_on_needs_no_command(job):  # noqa: F811
 def test_they_are_written_for_a_shell():
     text = commands.text([["a.b", "--x=it's $HOME", "--y={1}"], ["c"]])
     assert text == "python -m a.b '--x=it'\"'\"'s $HOME' '--y={1}'\npython -m c"
+
+
+def test_a_request_that_cannot_be_told_any_more_stands_in_nobodys_way(
+    job,  # noqa: F811
+    planned,
+    monkeypatch,
+    caplog,
+):
+    """That of a run that was begun: what would be done now is told all the same."""
+    job.stages.fails = {"preprocess": 1}
+    job()
+    (begun,) = state.look(job.root).runs
+    job.change()
+    asked = []
+
+    def tell(left, source):
+        asked.append((left[0][0], source is not None))
+        if source is None:
+            raise InputError("no longer there")
+
+    monkeypatch.setattr(commands, "dataflow_request", tell)
+    planned(day=2)
+    assert asked == [("pipeline.preprocess", False), ("pipeline.preprocess", True)]
+    assert f"run {begun}: its next request cannot be told: no longer there" in caplog.text
+
+
+def test_a_request_that_cannot_be_told_of_what_is_asked_for_is_an_error(planned, monkeypatch):
+    def tell(left, source):
+        raise InputError("the job cannot be prepared")
+
+    monkeypatch.setattr(commands, "dataflow_request", tell)
+    with pytest.raises(InputError, match="cannot be prepared"):
+        planned()

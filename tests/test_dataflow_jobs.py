@@ -28,7 +28,7 @@ from faulty_proxy import FORBIDDEN, FaultyProxy
 from test_gcs import assert_equal, files_of
 from test_vertex import SECRET, fake_account
 
-from pipeline import dataflow_follow, gcs_publish, preprocess, runners, storage
+from pipeline import commands, dataflow_follow, gcs_publish, preprocess, runners, storage
 from pipeline.command import UNREACHABLE, InputError
 from pipeline.gcs import GcsPath
 
@@ -398,7 +398,7 @@ def test_dry_run_prints_the_very_request_and_sends_nothing(whole, output):
 def comparable(job):
     """A request without what no two have in common: times, ports, what a package hashes to."""
     text = type(job).to_json(job, sort_keys=True)
-    text = re.sub(r"digits-by-hand\.\d+\.\d{6}", "digits-by-hand", text)
+    text = re.sub(r"(/digits-[\w-]+)\.\d+\.\d{6}", r"\1", text)
     text = re.sub(r"http://localhost:\d+", "http://localhost", text)
     text = re.sub(r'("clientRequestId": ").*"', r'\1"', text)
     return json.loads(re.sub(r'("pipelineProtoHash": ").*"', r'\1"', text))
@@ -690,22 +690,53 @@ def test_the_chains_dry_run_prints_commands_and_requests_and_reads_no_secret(ser
     )  # fmt: skip
     assert (done.returncode, service.requests) == (0, []), done.stderr
     assert BUCKET.walk() == before
-    text, brace, request = done.stdout.partition("\n{")
-    job = json.loads(brace + request)["customJob"]
-    plan, commands = text.split("\n\n")
+    text, brace, requests = done.stdout.partition("\n{")
+    beams, end = json.JSONDecoder().raw_decode(brace[1:] + requests)
+    job = json.loads((brace[1:] + requests)[end:])["customJob"]
+    plan, lines = text.split("\n\n")
     assert plan.startswith(f"read     idx:{IDX}\nmake     the dataset {root}/datasets/")
-    dataset, training, report = map(shlex.split, commands.splitlines())
+    dataset, training, report = map(shlex.split, lines.splitlines())
     assert dataset[:4] == ["python", "-m", "pipeline.preprocess", f"--source=idx:{IDX}"]
     assert training[:3] == ["python", "-m", "pipeline.vertex"]
     assert report[:3] == ["python", "-m", "pipeline.evaluate"]
     assert dataset[-len(beam) :] == report[-len(beam) :] == beam
     container = job["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]
     assert container["args"][0] == training[3]
-    # Each is a command that its stage takes as it stands, and prints the exact request of.
+    # Each is a command that its stage takes as it stands, and prints the exact request of; the
+    # first one's is printed already.
     made = helpers.run_python(*dataset[1:], "--dry_run", timeout=PATIENCE)
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["request"]["body"]["type"] == "JOB_TYPE_BATCH"
+    assert same_sent(beams, json.loads(made.stdout))
     assert (BUCKET.walk(), service.requests) == (before, [])
+
+
+def same_sent(*plans):
+    """Whether dry runs tell of the same files and the same request."""
+    kinds = [
+        (
+            sorted(staged["file"].rpartition("/")[2] for staged in plan["staged"]),
+            plan["request"]["url"],
+            comparable(Service()._parse(json.dumps(plan["request"]["body"]).encode())),
+        )
+        for plan in plans
+    ]
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def test_the_chains_dry_run_tells_of_an_evaluation_once_nothing_is_left_before_it(
+    whole, service, models, output
+):
+    _, dataset, _ = whole
+    words = [*scored(MODELS, dataset, output), *arguments(service, *IMAGE)]
+    training = ["trainer.task", f"--dataset_dir={dataset}"]
+    assert commands.dataflow_request([training, ["pipeline.evaluate", *words]], None) is None
+    told = json.loads(commands.dataflow_request([["pipeline.evaluate", *words]], None))
+    assert told.keys() == {"staged", "request"}
+    done = helpers.run_cli("pipeline.evaluate", *words, "--dry_run", timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert same_sent(told, json.loads(done.stdout))
+    assert service.requests == []
 
 
 # Stopping

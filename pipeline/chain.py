@@ -32,7 +32,7 @@ from pipeline.judging import Verdict
 from pipeline.models import MODEL_FILE
 from pipeline.plan import DECISION_FILE, REPORT, Request
 from pipeline.stages import StageError, Stages
-from pipeline.storage import Place
+from pipeline.storage import Lock, Place
 
 SPLIT = "test"  # what models are judged on
 
@@ -82,13 +82,13 @@ def finish(root: Place, request: Request, stages: Stages) -> int:
     return command.DONE if verdict.decision["promoted"] else command.KEPT_CHAMPION
 
 
-def put_in_order(root: Place) -> None:
+def put_in_order(root: Place, lock: Lock) -> None:
     """Ends what processes left half done that were killed in the middle of a change of the root.
 
     Of runs, those go that were killed before their request stood, or as it was removed. In a
     bucket there is no folder without files, and a request is its first and its last.
     """
-    registry.discard_unpromoted(root)
+    registry.discard_unpromoted(root, lock=lock)
     storage.recover_all(root / registry.MODELS)
     storage.discard_leftovers(root / plan.RUNS)
     storage.discard_leftovers(root / plan.DATASETS)
@@ -180,7 +180,7 @@ def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) 
         standing = champion if champion and (champion.run_id, champion.model_id) == own else None
         if standing is None and not decisions.is_about(decision, champion):
             raise LockedError(f"{root}: another process has put another champion in place")
-        version = standing or _publish(root, request, decision)
+        version = standing or _publish(root, request, decision, stages.lock)
     ends.close(
         root,
         request,
@@ -197,7 +197,9 @@ def _carry_out(root: Place, request: Request, stages: Stages, verdict: Verdict) 
     )  # fmt: skip
 
 
-def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registry.Version:
+def _publish(
+    root: Place, request: Request, decision: dict[str, Any], lock: Lock
+) -> registry.Version:
     run_dir = plan.run_folder(root, request.run_id)
     model = json.loads((run_dir / "export" / MODEL_FILE).read_text())
     version = registry.Version(
@@ -210,7 +212,7 @@ def _publish(root: Place, request: Request, decision: dict[str, Any]) -> registr
         sources=decision["sources"],
         files=checksums.parse(decision["model_files"]),
     )
-    return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT)
+    return registry.publish(root, run_dir / "export", version, report=run_dir / REPORT, lock=lock)
 
 
 def show_outcome(run_dir: Place, *, title: str | None = None) -> None:

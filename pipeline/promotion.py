@@ -19,9 +19,11 @@ from pipeline.storage import Lock, Place
 from pipeline.versions import (
     CHAMPION_FILE,
     MODELS,
+    NOBODY,
     VERSION_FILE,
     Pointer,
     Version,
+    find_pointer,
     folders,
     load,
     numbers,
@@ -105,7 +107,9 @@ def publish_after(
     newest = max([*taken, last])
     published = _unfinished(root, newest, version) if newest > last else None
     if published is None:
-        discard_unpromoted(root, lock=lock)
+        storage.discard_leftovers(root / MODELS)
+        before = fence(root, before, lock=lock)
+        _discard_unpromoted(root, lock)
         storage.hold(lock)
         published = _copy_in(root, model_dir, newest + 1, version, report)
     storage.hold(lock)
@@ -120,9 +124,43 @@ def discard_unpromoted(root: Place, *, lock: Lock | None = None) -> list[int]:
         Their numbers; see `versions.unpromoted` on which these are.
 
     Raises:
-        LockedError: the lock of the root, if given, is lost.
+        LockedError: the lock of the root, if given, is lost, or another process has just changed
+            the pointer.
     """
     storage.discard_leftovers(root / MODELS)
+    if not unpromoted(root):
+        return []
+    fence(root, find_pointer(root), lock=lock)
+    return _discard_unpromoted(root, lock)
+
+
+def fence(root: Place, before: Pointer, *, lock: Lock | None = None) -> Pointer:
+    """Comes before the removal of what was never promoted, so that nobody promotes it any more.
+
+    Who was taken for dead as he promoted it may be about to swap the pointer, and has looked at his
+    lock for the last time. In a bucket the pointer is therefore written again as it is, which gives
+    it another generation than he expects; where there is none yet, one that names no version.
+
+    Args:
+        root: the root.
+        before: the pointer, as it was seen.
+        lock: of the root, which is looked at before.
+
+    Returns:
+        The pointer as it is now.
+
+    Raises:
+        LockedError: the pointer is another one by now, or the lock is lost.
+    """
+    path = root / MODELS / CHAMPION_FILE
+    if not isinstance(path, GcsPath) or not unpromoted(root):
+        return before
+    storage.hold(lock)
+    stat = path.put((before.text or NOBODY).encode(), before.generation)
+    return before._replace(generation=stat.generation)
+
+
+def _discard_unpromoted(root: Place, lock: Lock | None) -> list[int]:
     removed = unpromoted(root)
     for number in removed:
         storage.discard(root / path_of(number), VERSION_FILE, lock=lock)

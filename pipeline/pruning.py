@@ -22,14 +22,23 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline import ledger, storage
+from pipeline import ledger, promotion, storage
 from pipeline.command import InputError, UnreachableError
 from pipeline.dataset import MANIFEST_NAME, load_manifest
 from pipeline.models import MODEL_FILE, learned_from
 from pipeline.plan import DATASETS, DECISION_FILE, REQUEST_FILE, RUNS, has_ended
 from pipeline.state import State, list_folders, look
 from pipeline.storage import Lock, Place
-from pipeline.versions import MODELS, VERSION_FILE, Version, folders, numbers, path_of, unpromoted
+from pipeline.versions import (
+    MODELS,
+    VERSION_FILE,
+    Version,
+    find_pointer,
+    folders,
+    numbers,
+    path_of,
+    unpromoted,
+)
 
 START = re.compile(rf"{MODELS}/([0-9]+)(?![0-9])")  # in a request
 TELLING = (REQUEST_FILE, "config.json", DECISION_FILE)  # of a run: which dataset it is of
@@ -47,10 +56,12 @@ def prune(root: Place, keep: int, *, lock: Lock | None = None) -> Iterator[Remov
 
     Raises:
         InputError: see `plan`.
-        LockedError: the lock of the root, if given, is lost; what is left stays.
+        LockedError: the lock of the root, if given, is lost; what is left stays. Or another process
+            has just changed the pointer.
     """
     for name in (MODELS, RUNS, DATASETS):
         storage.discard_leftovers(root / name)
+    promotion.fence(root, find_pointer(root), lock=lock)
     for removal in plan(root, keep):
         storage.discard(removal.folder, removal.first, lock=lock)
         yield removal

@@ -148,7 +148,7 @@ def _dataflow_request(
 def run(config: RetrainConfig, training: Training, source: Source, stages: Stages) -> int:
     """Puts the root in order, does what is to be done, and brings the root's page up to date."""
     try:
-        chain.put_in_order(config.root)
+        chain.put_in_order(config.root, stages.lock)
         code = _work(config, training, source, stages)
         index.write_index(config.root)  # also where nothing is new: a kill may have come before it
     except UnreachableError:

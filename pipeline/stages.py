@@ -66,11 +66,13 @@ class Stages:
     """Runs stages one after another, each as its own process, and hands a SIGTERM on to them.
 
     Is a context: at its end no process of a stage is left.
+
+    Attributes:
+        lock: of the root, as `storage.locked` yields it.
     """
 
     def __init__(self, lock: storage.Lock) -> None:
-        """`lock`: of the root, as `storage.locked` yields it."""
-        self._lock = lock
+        self.lock = lock
         self._passed = [lock] if isinstance(lock, int) else []  # to processes, by its descriptor
         self._process: subprocess.Popen | None = None
         self._stopping = False
@@ -86,7 +88,7 @@ class Stages:
 
     def hold(self) -> None:
         """Does `storage.hold` for the lock of the root."""
-        storage.hold(self._lock)
+        storage.hold(self.lock)
 
     def run(self, module: str, *arguments: str | Place) -> None:
         """Runs ``python -m module`` to its end, and that of all processes that it started.
@@ -128,10 +130,10 @@ class Stages:
     @contextlib.contextmanager
     def _killed_without_the_lock(self, process: subprocess.Popen) -> Iterator[None]:
         """Kills the group of a process, should the lock of the root be lost meanwhile."""
-        if not isinstance(self._lock, Lease):
+        if not isinstance(self.lock, Lease):
             yield
             return
-        lease, ended = self._lock, threading.Event()
+        lease, ended = self.lock, threading.Event()
 
         def watch() -> None:
             while not ended.wait(LOOK_SECONDS):

@@ -20,8 +20,10 @@ T = TypeVar("T", bound="DataclassInstance")
 MODELS = "models"
 CHAMPION_FILE = "champion.json"
 VERSION_FILE = "version.json"
+NOBODY = "null\n"  # in a pointer that names no version yet; see `promotion.fence`
 REPAIR = "pipeline.registry rollback --version V puts a version in its place"
 NUMBER = re.compile("0|[1-9][0-9]*")
+UNREADABLE = (OSError, ValueError, TypeError, KeyError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +67,14 @@ class Version:
 class Pointer(NamedTuple):
     """What ``champion.json`` says, and of which generation the object is: 0 if there is none.
 
-    Of one that cannot be read, `problem` says why, and the version is None.
+    Of one that cannot be read, `problem` says why, and the version is None; of any other,
+    `text` is what it says.
     """
 
     version: Version | None
     generation: int
     problem: str = ""
+    text: str = ""
 
 
 def version_json(version: Version) -> str:
@@ -164,11 +168,13 @@ def find_pointer(root: Place) -> Pointer:
     if isinstance(path, GcsPath) and (stat := path.find()):
         generation = stat.generation
     try:
-        return Pointer(_read(path), generation)
+        text = path.read_text()
+        version = None if text == NOBODY else parse_version(text)
     except FileNotFoundError:
         return Pointer(None, generation)
-    except InputError as error:
-        return Pointer(None, generation, str(error))
+    except UNREADABLE as error:
+        return Pointer(None, generation, _problem(path, error))
+    return Pointer(version, generation, text=text)
 
 
 def unpromoted(root: Place) -> list[int]:
@@ -177,8 +183,7 @@ def unpromoted(root: Place) -> list[int]:
     Without a pointer that can be read, nothing tells them from others, but for the very first:
     where it stands alone and the ledger of the root names no version, none was promoted yet.
     """
-    current, _, problem = find_pointer(root)
-    found = folders(root)
+    (current, _, problem, _), found = find_pointer(root), folders(root)
     if current is not None:
         return [number for number in found if number > current.version]
     if problem or found != [1]:
@@ -191,5 +196,9 @@ def _read(path: Place) -> Version:
         return parse_version(path.read_text())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as a version: {error}") from None
+    except UNREADABLE as error:
+        raise InputError(_problem(path, error)) from None
+
+
+def _problem(path: Place, error: Exception) -> str:
+    return f"{path}: cannot be read as a version: {error}"

@@ -50,6 +50,7 @@ class StandIn:
         by_stage: of each.
         accuracy: that the next model has.
         fails: {stage: exit code}.
+        lock: of the root.
     """
 
     def __init__(self, dataset):
@@ -59,6 +60,7 @@ class StandIn:
         self.by_stage = {}
         self.accuracy = 0.9
         self.fails = {}
+        self.lock = 0
 
     def run(self, module, *arguments):
         stage = module.split(".")[-1]
@@ -74,7 +76,7 @@ class StandIn:
         getattr(self, stage)(**{name[2:]: value for name, value in self.arguments.items()})
 
     def hold(self):
-        pass
+        storage.hold(self.lock)
 
     def preprocess(self, output_dir, **_):
         for name, content in contents(self.dataset).items():
@@ -835,9 +837,9 @@ def test_what_changes_after_it_was_judged_is_not_published(job, monkeypatch):
     before = registry.champion(job.root)
     publish = chain._publish
 
-    def late(root, request, decision):
+    def late(root, request, decision, lock):
         put(plan.run_folder(root, request.run_id) / "export/saved_model.pb", "damaged")
-        return publish(root, request, decision)
+        return publish(root, request, decision, lock)
 
     with monkeypatch.context() as patch, pytest.raises(FailedError) as failed:
         patch.setattr(chain, "_publish", late)

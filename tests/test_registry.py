@@ -207,6 +207,30 @@ def test_what_was_never_promoted_is_told_and_removed(root, tmp_path):
     assert names(root) == ["1", "2", "champion.json"]
 
 
+@pytest.mark.parametrize(
+    ("names", "removing"),
+    [("", "discard"), ("", "prune"), ("ab", "discard"), ("ab", "prune"), ("ab", "rollback")],
+)
+def test_who_was_about_to_promote_what_is_removed_is_refused(bucket, tmp_path, names, removing):
+    root = GcsPath("bucket", "root")
+    for name in names:
+        publish(root, tmp_path, name)
+    published = publish_half(root, tmp_path, "c")
+    seen = versions.find_pointer(root)
+    if removing == "discard":
+        assert registry.discard_unpromoted(root) == [published.version]
+    elif removing == "prune":
+        assert [str(each.folder) for each in pruning.prune(root, 1)] == [f"{root}/{published.path}"]
+    else:
+        assert registry.rollback(root, None).model_id == "id-a"
+    with pytest.raises(LockedError, match=r"champion\.json: was changed by another process"):
+        promotion._swap(root, published, seen.generation)
+    if removing != "rollback":
+        assert versions.find_pointer(root).version == seen.version
+        assert inventory.verify(root) == []
+    assert publish(root, tmp_path, "d") == registry.champion(root)
+
+
 def test_rollback_neither_takes_nor_leaves_what_was_never_promoted(root, tmp_path):
     for name in "ab":
         publish(root, tmp_path, name)

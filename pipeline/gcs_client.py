@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline import services
 from pipeline.command import InputError, UnreachableError
 
 EMULATOR = "STORAGE_EMULATOR_HOST"
@@ -42,7 +43,10 @@ def patience(seconds: float | None = None) -> dict[str, Any]:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     limit = float("inf") if seconds is None else seconds
-    retry = DEFAULT_RETRY.with_timeout(min(limit, RETRY_SECONDS))
+    is_passing = DEFAULT_RETRY._predicate
+    retry = DEFAULT_RETRY.with_timeout(min(limit, RETRY_SECONDS)).with_predicate(
+        lambda error: services.is_unrenewed(error) or is_passing(error)
+    )
     return {
         "retry": retry.with_delay(initial=0.25, maximum=8.0),
         "timeout": min(limit, TIMEOUT_SECONDS),
@@ -111,12 +115,23 @@ def told(path: object) -> Iterator[None]:
     except DataCorruption:
         raise UnreachableError(f"{path}: arrives with another checksum than it has there") from None
     except GoogleAuthError as error:
+        if services.is_unrenewed(error):
+            raise UnreachableError(_unrenewed(path)) from None
         raise InputError(
             f"{path}: the Google credentials cannot be used ({type(error).__name__});"
             " try: gcloud auth application-default login"
         ) from None
-    except (exceptions.RetryError, requests.RequestException, ConnectionError, TimeoutError):
+    except (
+        *(exceptions.RetryError, requests.RequestException),
+        *(ConnectionError, TimeoutError),
+    ) as error:
+        if services.is_unrenewed(getattr(error, "cause", None)):
+            raise UnreachableError(_unrenewed(path)) from None
         raise UnreachableError(
             f"{path}: no answer from {os.environ.get(EMULATOR) or 'Cloud Storage'} within"
             f" {RETRY_SECONDS:g} seconds"
         ) from None
+
+
+def _unrenewed(path: object) -> str:
+    return f"{path}: the Google credentials could not be renewed; no answer to the request for them"

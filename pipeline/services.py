@@ -103,6 +103,21 @@ class Asking:
                 return answer
 
 
+def is_unrenewed(error: object) -> bool:
+    """Whether credentials could not be renewed for want of an answer, which may come next time.
+
+    On machines of Google's the server that is asked for them is beside the machine; an error of it
+    arrives as the cause of one that elsewhere speaks of the credentials.
+    """
+    from google.auth.exceptions import GoogleAuthError, RefreshError, TransportError
+
+    if isinstance(error, RefreshError) and isinstance(error.__cause__, TransportError):
+        return True
+    return isinstance(error, TransportError) or (
+        isinstance(error, GoogleAuthError) and bool(error.retryable)
+    )
+
+
 @contextlib.contextmanager
 def told(service: str, role: str) -> Iterator[None]:
     """Says in one line why what is asked of a service inside fails.
@@ -118,7 +133,7 @@ def told(service: str, role: str) -> Iterator[None]:
     """
     import requests
     from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError, TransportError
+    from google.auth.exceptions import GoogleAuthError
     from google.protobuf.json_format import ParseError
 
     try:
@@ -136,11 +151,11 @@ def told(service: str, role: str) -> Iterator[None]:
                 code,
             ) from None
         raise RefusedError(f"{service} refuses it (HTTP {code}): {said(error)}", code) from None
-    except TransportError as error:
-        raise NoAnswerError(
-            f"the credentials could not be renewed: {type(error).__name__}"
-        ) from None
     except GoogleAuthError as error:  # what it says may hold what belongs in no log
+        if is_unrenewed(error):
+            raise NoAnswerError(
+                f"the credentials could not be renewed: {type(error).__name__}"
+            ) from None
         raise RefusedError(
             f"the Google credentials cannot be used ({type(error).__name__}); {CREDENTIALS}"
         ) from None

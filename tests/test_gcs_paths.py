@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import requests
+from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 from google.cloud.storage.exceptions import InvalidResponse
+from test_services import caused
 
 from pipeline import gcs, gcs_client, storage
 from pipeline.command import InputError, UnreachableError
@@ -177,3 +179,40 @@ def test_no_answer_at_all():
     said = "gs://b/x: no answer from Cloud Storage within 60 seconds"
     with pytest.raises(UnreachableError, match=said), gcs_client.told("gs://b/x"):
         raise requests.exceptions.ChunkedEncodingError("cut")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (caused(RefreshError("a secret"), TransportError("HTTP 503")), UnreachableError),
+        (RefreshError("a secret", retryable=True), UnreachableError),
+        (TransportError("a secret"), UnreachableError),
+        (RefreshError("a secret"), InputError),
+        (DefaultCredentialsError("a secret"), InputError),
+    ],
+    ids=["metadata", "retryable", "transport", "refused", "none"],
+)
+def test_credentials_that_come_later_are_waited_for(monkeypatch, error, expected):
+    """Where the server that renews them is silent; of those that are refused it is said at once."""
+    monkeypatch.setattr(gcs_client, "RETRY_SECONDS", 0.2)
+    asked = []
+
+    def ask():
+        asked.append(1)
+        if len(asked) == 1:
+            raise error
+        return "there"
+
+    def refuse():
+        raise error
+
+    retry = gcs_client.patience()["retry"].with_delay(initial=0.001)
+    if expected is UnreachableError:
+        assert retry(ask)() == "there"
+        assert len(asked) == 2
+    for call in (refuse, retry(refuse)):
+        with pytest.raises(InputError) as told, gcs_client.told("gs://b/x"):
+            call()
+        assert type(told.value) is expected
+        assert "secret" not in str(told.value)
+        assert str(told.value).startswith("gs://b/x: the Google credentials c")

@@ -12,6 +12,11 @@ from pipeline.command import UNREACHABLE, InputError, UnreachableError
 from pipeline.services import Asking, NoAnswerError, QuotaError, RefusedError
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 def told(error):
     """What becomes of an error: its kind, what it says, its code of HTTP."""
     with pytest.raises((NoAnswerError, RefusedError)) as caught, services.told("It", "Its User"):
@@ -61,6 +66,23 @@ def test_answers_come_to_the_same_by_http_and_by_grpc(http, status, kind, said):
             TransportError("token=SECRET"),
             NoAnswerError,
             "the credentials could not be renewed: TransportError",
+        ),
+        (
+            # Of a machine of Google's, whose metadata server has a moment's trouble.
+            caused(RefreshError("token=SECRET"), TransportError("HTTP 503")),
+            NoAnswerError,
+            "the credentials could not be renewed: RefreshError",
+        ),
+        (
+            RefreshError("token=SECRET", retryable=True),
+            NoAnswerError,
+            "the credentials could not be renewed: RefreshError",
+        ),
+        (
+            caused(RefreshError("token=SECRET"), ValueError("of the key")),
+            RefusedError,
+            "the Google credentials cannot be used (RefreshError); try: gcloud auth"
+            " application-default login",
         ),
         (
             RefreshError("token=SECRET"),

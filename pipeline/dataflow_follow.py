@@ -18,6 +18,7 @@ POLL_SECONDS = 5.0
 EXPLAIN_SECONDS = 50.0  # a job's reason can follow some while after its failure
 
 DONE = "JOB_STATE_DONE"
+CANCELLING = "JOB_STATE_CANCELLING"
 ENDED = {
     DONE: "is done",
     "JOB_STATE_FAILED": "failed",

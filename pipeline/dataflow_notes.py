@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import gcs_publish, storage
 from pipeline.command import LockedError, log
-from pipeline.dataflow_follow import DONE, ENDED
+from pipeline.dataflow_follow import CANCELLING, DONE, ENDED, follow
 from pipeline.gcs import GcsPath
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def remove(work: Work) -> None:
 def take_up(client: Client, work: Work) -> Note | None:
     """Looks for a job that was left running for the same output; None: one is to be submitted.
 
+    Of one that is being cancelled the end is waited for.
+
     Raises:
         LockedError: it is still at work, and makes something else of it.
     """
@@ -84,6 +86,9 @@ def take_up(client: Client, work: Work) -> Note | None:
         note = dataclasses.replace(note, job_id=job_id)
         write(note, work)
     state = client.state(note, forgotten="JOB_STATE_FAILED") if note.job_id else ""
+    if state == CANCELLING:  # which was meant for an earlier command; its name is taken until then
+        log.info("%s is being cancelled: waiting for its end", note)
+        state, _ = follow(client, note)
     is_at_work = bool(state) and state not in ENDED
     if note.identity == work.identity and (state == DONE or is_at_work):
         log.info("going on with %s, which was left running: %s", note, note.console)

@@ -511,6 +511,23 @@ def test_work_that_failed_is_begun_again(work, state, identity):
     assert list(work.folder.parent.walk()) == []
 
 
+@pytest.mark.parametrize("identity", ["same", "other"])
+@pytest.mark.parametrize("end", ["CANCELLED", "FAILED", "DONE"])
+def test_a_job_that_is_being_cancelled_is_waited_for(work, naps, caplog, end, identity):
+    caplog.set_level(logging.INFO, "digits_pipeline")
+    wanted = dataclasses.replace(work, identity=identity)
+    jobs = Jobs("CANCELLING", "CANCELLING", "CANCELLING", end)
+    is_taken = (end, identity) == ("DONE", "same")
+    assert dataflow_notes.take_up(jobs, wanted) == (NOTE if is_taken else None)
+    assert jobs.states == [f"JOB_STATE_{end}"]
+    assert naps[:2] == [5.0, 5.0]
+    assert (dataflow_notes.read(work) == NOTE) is is_taken
+    assert caplog.messages[0] == "job j1 is being cancelled: waiting for its end"
+    said = {"CANCELLED": "was cancelled", "FAILED": "failed", "DONE": "is done"}[end]
+    again = f"job j1, which was left running, {said}: starting again"
+    assert (caplog.messages[-1] == again) is not is_taken
+
+
 def test_other_work_is_begun_once_the_job_has_ended(work):
     other = dataclasses.replace(work, identity="other")
     with pytest.raises(LockedError, match="gs://bucket/out: job j1 was left running, and makes"):

@@ -445,7 +445,8 @@ def test_where_it_is_run_is_for_the_command_to_say_that_does_it(place, beam, tmp
     config = dataclasses.replace(parse(f"--root={tmp_path}"), vertex=place)
     training = Training(arguments=(), rest=beam, config={"preset": "core"})
     source = retrain.resolve_source(config, None)
-    assert retrain.run(config, training, source, SimpleNamespace(hold=lambda: None)) == 0
+    stages = SimpleNamespace(lock=-1, hold=lambda: None)
+    assert retrain.run(config, training, source, stages) == 0
     begun, ours = done
     assert begun.run_id == "day-core-0" != ours.run_id
     arguments = () if place is None else tuple(options.arguments(place))

@@ -191,13 +191,16 @@ def timeline(
         dots = {"linestyle": "", "clip_on": False, "zorder": 3}
         axes.plot(days[~won], heights[~won], marker="D", markersize=5, color=svg.WRONG, **dots)
         axes.plot(days[won], heights[won], marker="o", markersize=7, color=svg.RIGHT, **dots)
-        if days[0] == days[-1]:
-            axes.set_xlim(days[0] - 1, days[0] + 1)
         locator = AutoDateLocator(minticks=3, maxticks=9, tz=datetime.UTC)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(DateFormatter(_date_format(days), tz=datetime.UTC))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axes.margins(x=0.02, y=0.1)
+        if days[0] == days[-1]:
+            axes.set_xlim(days[0] - 1, days[0] + 1)
+            axes.set_xticks(days[:1])
+        low, high = axes.get_ylim() if np.ptp(heights) else (heights[0] - 1, heights[0] + 1)
+        axes.set_ylim(max(low, 0), min(high, 100))
 
     return draw("timeline", (940, 280), (54, 10, 40, 10), paint)
 

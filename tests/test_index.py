@@ -7,7 +7,7 @@ import pytest
 from helpers import tree
 from html_page import Elements
 
-from pipeline import gcs, history, index
+from pipeline import gcs, history, index, plots
 from pipeline.gcs import GcsPath
 
 CHAMPION = {"version": 2, "run_id": "c-core-3", "accuracy": 0.985, "rolled_back_from": None}
@@ -395,3 +395,16 @@ def test_in_a_bucket_as_in_a_folder(root, monkeypatch):
     there = memory.contents()["out/index.html"].decode()
     assert [row[0] for row in rows(there)] == [row[0] for row in rows(local)][1:]
     assert links(there) == links(local)
+
+
+@pytest.mark.parametrize("accuracies", [[1.0], [0.985], [0.0], [0.98, 0.9995], [0.004, 0.0]])
+def test_the_timeline_shows_what_an_accuracy_can_be(accuracies):
+    times = [
+        datetime.datetime(2026, 1, 1 + day, tzinfo=datetime.UTC) for day in range(len(accuracies))
+    ]
+    drawn = plots.timeline(times, [100 * each for each in accuracies], [True] * len(times), [])
+    labels = re.findall(r">([^<>\n]+)</text>", drawn)
+    ticks = [float(label) for label in labels if re.fullmatch(r"[\d.]+", label)]
+    assert len(ticks) > 1 and min(ticks) >= 0 and max(ticks) <= 100
+    if len(times) == 1:
+        assert [label for label in labels if "Jan" in label] == ["1 Jan"]

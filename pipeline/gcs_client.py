@@ -122,8 +122,10 @@ def told(path: object) -> Iterator[None]:
             " try: gcloud auth application-default login"
         ) from None
     except (
-        *(exceptions.RetryError, requests.RequestException),
-        *(ConnectionError, TimeoutError),
+        exceptions.RetryError,
+        requests.RequestException,
+        ConnectionError,
+        TimeoutError,
     ) as error:
         if services.is_unrenewed(getattr(error, "cause", None)):
             raise UnreachableError(_unrenewed(path)) from None

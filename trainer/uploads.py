@@ -63,13 +63,11 @@ class Background:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._asked > self._done or self._closed)
-            time.sleep(max(0.0, next_at - time.monotonic()))
-            next_at = time.monotonic() + PACE_SECONDS
-            with self._changed:
+                self._changed.wait_for(lambda: self._closed, max(0.0, next_at - time.monotonic()))
                 if self._closed:
                     return
                 asked = self._asked
-            error = None
+            next_at, error = time.monotonic() + PACE_SECONDS, None
             try:
                 self._action()
             except BaseException as raised:  # whatever it is, it belongs to whoever asks

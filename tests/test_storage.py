@@ -374,14 +374,17 @@ def test_require_absent(tmp_path, name, refused):
 
 @pytest.fixture
 def old(tmp_path):
-    final = tmp_path / "final"
-    (final / "sub").mkdir(parents=True)
-    (final / "file").write_bytes(b"old")
-    (final / "sub" / "file").write_bytes(b"old")
-    return final
+    return put_old(tmp_path / "final")
 
 
 OLD, NEW = {"file": b"old", "sub/file": b"old"}, {"file": b"new", "other": b"new"}
+
+
+def put_old(final):
+    (final / "sub").mkdir(parents=True)
+    for name, content in OLD.items():
+        (final / name).write_bytes(content)
+    return final
 
 
 def put_new(final):
@@ -481,10 +484,7 @@ def ended_at(nth, after, found, work):
 def test_killed_while_replacing(tmp_path, after, again):
     seen = []
     for nth in range(1, 100):
-        final = tmp_path / str(nth) / "final"
-        (final / "sub").mkdir(parents=True)
-        for name, content in OLD.items():
-            (final / name).write_bytes(content)
+        final = put_old(tmp_path / str(nth) / "final")
         if killed_at(nth, final, after):
             break
         if final.exists():
@@ -652,10 +652,7 @@ def copy_killed_at(nth, final, after):
 def test_killed_while_copying(tmp_path, after, again):
     seen = []
     for nth in range(1, 100):
-        final = tmp_path / str(nth) / "final"
-        (final / "sub").mkdir(parents=True)
-        for name, content in OLD.items():
-            (final / name).write_bytes(content)
+        final = put_old(tmp_path / str(nth) / "final")
         if copy_killed_at(nth, final, after):
             break
         stands = (final / LAST).exists()

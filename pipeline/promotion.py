@@ -20,6 +20,7 @@ from pipeline.versions import (
     CHAMPION_FILE,
     MODELS,
     NOBODY,
+    REPAIR,
     VERSION_FILE,
     Pointer,
     Version,
@@ -55,6 +56,17 @@ def champion(root: Place) -> Version | None:
                 " and rollback --version V puts another in its place"
             )
     return current
+
+
+def require_pointer(root: Place) -> None:
+    """Refuses a root that has lost its pointer: any model would do there, as for a first one.
+
+    Raises:
+        InputError: versions were promoted, and nothing says which of them is the champion.
+    """
+    if pointer(root).version is None and set(numbers(root)) - set(unpromoted(root)):
+        path = root / MODELS / CHAMPION_FILE
+        raise InputError(f"{path}: missing, although there are versions; {REPAIR}")
 
 
 def publish(

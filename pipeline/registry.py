@@ -19,12 +19,20 @@ from collections.abc import Iterator
 
 from pipeline import command, inventory, ledger, storage
 from pipeline.command import InputError, LockedError, show
-from pipeline.promotion import champion, discard_unpromoted, publish
+from pipeline.promotion import champion, discard_unpromoted, publish, require_pointer
 from pipeline.rollback import rollback
 from pipeline.storage import Lock, Place
 from pipeline.versions import MODELS, Version, version_json, versions
 
-__all__ = ["Version", "champion", "discard_unpromoted", "publish", "rollback", "versions"]
+__all__ = [
+    "Version",
+    "champion",
+    "discard_unpromoted",
+    "publish",
+    "require_pointer",
+    "rollback",
+    "versions",
+]
 
 PROG = "pipeline.registry"
 ACTIONS = {

@@ -167,6 +167,8 @@ def _work(config: RetrainConfig, training: Training, source: Source, stages: Sta
     root = config.root
     code, finished = command.DONE, None
     state = states.look(root)
+    if state.champion is None:
+        registry.require_pointer(root)
     for begun in plan.unfinished(state):
         log.info("going on with run %s, begun at %s", begun.run_id, begun.time)
         code = chain.finish(root, _taken_up(begun, config, training), stages)

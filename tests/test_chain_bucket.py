@@ -34,7 +34,7 @@ from pipeline import (
     state,
     storage,
 )
-from pipeline.command import LockedError, UnreachableError
+from pipeline.command import InputError, LockedError, UnreachableError
 from pipeline.gcs import GcsPath
 from pipeline.ledger import Line
 from pipeline.stages import Stages
@@ -415,3 +415,14 @@ def test_a_silent_server_is_no_change_of_the_source(job, monkeypatch):
     job.stages.fails = {}
     assert job() == (0, ALL)
     assert job.outcomes() == ["promoted"]
+
+
+def test_a_root_that_lost_its_pointer_promotes_nothing(job):
+    """Else whatever is above the floors would be served, as where there never was a champion."""
+    job()
+    storage.remove(job.root / "models/champion.json")
+    job.later()
+    with pytest.raises(InputError, match=r"champion\.json: missing, although .* rollback"):
+        job.locked(day=2, seed=5)
+    assert [line["outcome"] for line in job.lines()] == ["promoted"]
+    assert registry.champion(job.root) is None
